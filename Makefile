@@ -1,0 +1,78 @@
+# What people and CI run. `make demo` and `make test` set everything up themselves, in .venv.
+#
+#   make demo                     the main job: federate, prune, tune, export, run in llama.cpp
+#   make test                     every test but the nightly ones
+#   make lint                     formatting, linting, types, C++ warnings
+#   make test-nightly             the long forms
+#   make bench                    benchmarks, into benchmarks/results/
+#
+# Settings: PYTHON=python3.12   the interpreter to build .venv with
+#           TORCH_INDEX=URL     the package index to take torch from (PyTorch's own has the small CPU build)
+#           WHEELS=DIR          where the compiled llama.cpp wheel is kept between clones
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+WHEELS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/fedspine-edge/wheels
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+LOCKED := install --no-deps --require-hashes
+LLAMA := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements/llama.txt)
+NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
+RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test lint test-nightly bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(RUN) $(BIN)/fedspine simulate quickstart
+
+test: $(VENV)/.installed $(VENV)/.dev
+	$(RUN) $(BIN)/python -m pytest -m "not nightly"
+	$(RUN) sh tests/csrc/run.sh
+
+test-nightly: $(VENV)/.installed $(VENV)/.dev
+	$(RUN) $(BIN)/python -m pytest -m nightly
+
+lint: $(VENV)/.installed $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc
+
+bench: $(VENV)/.installed $(VENV)/.dev
+	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json
+
+clean:
+	rm -rf $(VENV) build dist
+
+# --- set-up -------------------------------------------------------------------------------------------------------
+
+$(VENV)/.tools: requirements/build.txt
+	$(PYTHON) -m venv $(VENV) || { echo "error: cannot make $(VENV)" >&2; \
+	  echo "hint: on Debian and Ubuntu: apt-get install python3-venv python3-dev g++ make" >&2; exit 1; }
+	$(PIP) $(LOCKED) -r requirements/build.txt
+	@touch $@
+
+$(VENV)/.packages: requirements/run.txt requirements/torch.txt requirements/data.txt $(VENV)/.tools
+	$(PIP) $(LOCKED) -r requirements/run.txt
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(PIP) $(LOCKED) -r requirements/data.txt
+	@touch $@
+
+# llama.cpp compiles for minutes: once a machine, then the wheel serves every clone.
+$(WHEELS)/.llama-$(LLAMA): requirements/llama.txt | $(VENV)/.tools
+	@mkdir -p $(WHEELS)
+	@echo "building llama.cpp once, some 4 minutes on 2 cores; the wheel is kept in $(WHEELS)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
+	  $(PIP) wheel --no-deps --no-build-isolation --require-hashes -r requirements/llama.txt -w $(WHEELS)
+	@touch $@
+
+$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.packages $(WHEELS)/.llama-$(LLAMA)
+	$(PIP) install --no-deps $(WHEELS)/llama_cpp_python-$(LLAMA)-*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.packages
+	$(PIP) $(LOCKED) -r requirements/dev.txt
+	@touch $@

@@ -1,0 +1,225 @@
+"""Times the native layer, forward and backward, against peft's LoRA Linear, and the importance against dense torch.
+
+Both sides run in turns in one process; each turn gives one ratio, so drift of the machine cancels. Before anything is
+timed the two are asserted to agree. Ratios above 1 mean that the native kernel is faster.
+
+    python benchmarks/bench_kernels.py [--json results.json] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+
+from fedspine_edge import kernels
+
+SHAPES = {  # (inputs, outputs)
+    "MiniLM": ((384, 384), (384, 1536), (1536, 384)),
+    "SmolLM2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
+    "RoBERTa-base": ((768, 768), (768, 3072), (3072, 768)),
+}
+TOKENS = (64, 128, 512, 2048)
+RANKS = (8, 16)
+SCALING = 2.0
+TURN_SECONDS = 0.02
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One row of the table: medians over the turns; ratios are theirs over ours."""
+
+    what: str
+    model: str
+    in_features: int
+    out_features: int
+    tokens: int
+    rank: int
+    threads: int
+    wall: float
+    wall_low: float
+    wall_high: float
+    cpu: float
+    milliseconds: float
+    gflops: float
+
+
+def layer_pair(inputs: int, outputs: int, tokens: int, rank: int) -> tuple[Run, Run]:
+    """Returns (peft, native): a forward and a backward that also gives dx."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.nn.Linear(inputs, outputs)
+    config = LoraConfig(r=rank, lora_alpha=int(SCALING * rank), lora_dropout=0.0)
+    layer = PeftLinear(dense, "default", config=config, r=rank, lora_alpha=int(SCALING * rank))
+    layer.requires_grad_(False)
+    lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    lora_b.data.normal_(std=0.02, generator=generator)
+    lora_a.requires_grad_(True)
+    lora_b.requires_grad_(True)
+    x = torch.randn(tokens, inputs, generator=generator).requires_grad_(True)
+    dy = torch.randn(tokens, outputs, generator=generator)
+    packed = kernels.pack(dense.weight.detach())
+    bias = dense.bias.detach()
+    leaves = (x, lora_a, lora_b)
+
+    def theirs() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    def ours() -> tuple[torch.Tensor, ...]:
+        y = kernels.lora_linear(x, packed, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=SCALING)
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    for expected, found in zip(theirs(), ours(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    return theirs, ours
+
+
+def importance_pair(inputs: int, outputs: int, rank: int) -> tuple[Run, Run]:
+    """Returns (torch, native): the row sums of the importance."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = draw(outputs, inputs)
+    factors = {"lora_a": draw(rank, inputs), "lora_b": draw(outputs, rank)}
+    a, b, da, db = *factors.values(), draw(rank, inputs), draw(outputs, rank)
+    packed = kernels.pack(weight)
+
+    def theirs() -> torch.Tensor:
+        gradient = torch.cat([db, b], 1) @ torch.cat([a - da, da], 0)
+        return gradient.mul_(torch.addmm(weight, b, a, alpha=SCALING)).abs_().sum(1)
+
+    def ours() -> torch.Tensor:
+        return kernels.importance(packed, lora_a=a, lora_b=b, grad_a=da, grad_b=db, scaling=SCALING, axis="out")
+
+    torch.testing.assert_close(ours(), theirs(), rtol=1e-4, atol=0)
+    return theirs, ours
+
+
+def time_turn(run: Run, repeats: int) -> tuple[float, float]:
+    """Returns the wall and CPU seconds of one run."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - wall) / repeats, (time.process_time() - cpu) / repeats
+
+
+def compare(theirs: Run, ours: Run, turns: int) -> tuple[list[float], list[float], float]:
+    """Returns the wall ratios, the CPU ratios and our median wall seconds."""
+    theirs(), ours()
+    repeats = max(1, round(TURN_SECONDS / max(time_turn(ours, 2)[0], 1e-6)))
+    walls, cpus, seconds = [], [], []
+    for turn in range(turns):
+        order = (theirs, ours) if turn % 2 == 0 else (ours, theirs)
+        timed = {run: time_turn(run, repeats) for run in order}
+        walls.append(timed[theirs][0] / timed[ours][0])
+        cpus.append(timed[theirs][1] / max(timed[ours][1], 1e-9))
+        seconds.append(timed[ours][0])
+    return walls, cpus, statistics.median(seconds)
+
+
+def measure(threads: int, turns: int, tokens: tuple[int, ...], ranks: tuple[int, ...]) -> Iterator[Ratio]:
+    """Yields a row for each shape, number of tokens and rank."""
+    torch.set_num_threads(threads)
+    for model, shapes in SHAPES.items():
+        for inputs, outputs in shapes:
+            for rank in ranks:
+                for count in tokens:
+                    flops = 4.0 * count * inputs * outputs + 6.0 * count * rank * (inputs + outputs)
+                    found = compare(*layer_pair(inputs, outputs, count, rank), turns)
+                    yield row("layer", model, (inputs, outputs, count, rank, threads), flops, found)
+                found = compare(*importance_pair(inputs, outputs, rank), turns)
+                flops = 6.0 * rank * inputs * outputs
+                yield row("importance", model, (inputs, outputs, 0, rank, threads), flops, found)
+
+
+def row(
+    what: str,
+    model: str,
+    sizes: tuple[int, int, int, int, int],
+    flops: float,
+    found: tuple[list[float], list[float], float],
+) -> Ratio:
+    """Returns the row of one comparison."""
+    walls, cpus, seconds = found
+    low, _, high = statistics.quantiles(walls, n=4)
+    wall, cpu = statistics.median(walls), statistics.median(cpus)
+    return Ratio(what, model, *sizes, wall, low, high, cpu, seconds * 1e3, flops / seconds / 1e9)
+
+
+def machine_facts() -> dict[str, object]:
+    """Returns what the figures depend on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+        "isa": kernels.isa(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def geomean(values: list[float]) -> float:
+    """Returns the geometric mean."""
+    return math.exp(statistics.fmean(math.log(value) for value in values))
+
+
+def print_summary(rows: list[Ratio]) -> None:
+    """Prints the geometric mean and the extremes for each number of threads and tokens."""
+    for what, threads, tokens in sorted({(row.what, row.threads, row.tokens) for row in rows}):
+        chosen = [row for row in rows if (row.what, row.threads, row.tokens) == (what, threads, tokens)]
+        walls, cpus = [row.wall for row in chosen], [row.cpu for row in chosen]
+        print(
+            f"{what:10} threads={threads} T={tokens:<5} wall {geomean(walls):.2f}x (min {min(walls):.2f}, max "
+            f"{max(walls):.2f})  cpu {geomean(cpus):.2f}x  {geomean([row.gflops for row in chosen]):.0f} GF/s"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the rows and the machine facts here")
+    parser.add_argument("--quick", action="store_true", help="rank 16, fewer turns")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--turns", type=int, default=15)
+    options = parser.parse_args()
+    facts, rows = machine_facts(), []
+    ranks = (16,) if options.quick else RANKS
+    for threads in options.threads:
+        for found in measure(threads, options.turns, tuple(options.tokens), ranks):
+            rows.append(found)
+            print(
+                f"{found.what:10} {found.in_features:>4} -> {found.out_features:<4} T={found.tokens:<4} "
+                f"r={found.rank:<2} threads={found.threads}  wall {found.wall:.2f}x "
+                f"[{found.wall_low:.2f}, {found.wall_high:.2f}]  cpu {found.cpu:.2f}x  "
+                f"{found.milliseconds:7.3f} ms  {found.gflops:5.1f} GF/s",
+                flush=True,
+            )
+    print_summary(rows)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+// The body of every target's translation unit: its namespace, its lanes, its table.
+#include "importance-inl.h"
+#include "isa.h"
+#include "lora_linear-inl.h"
+
+#define FEDSPINE_STRING(text) #text
+#define FEDSPINE_NAME(target) FEDSPINE_STRING(target)
+
+namespace fedspine {
+namespace FEDSPINE_TARGET {
+
+const KernelTable& Table() {
+  static constexpr KernelTable kTable = {
+      FEDSPINE_NAME(FEDSPINE_TARGET),
+      LoraLinearForwardScratch,
+      LoraLinearForward,
+      LoraLinearBackwardScratch,
+      LoraLinearBackward,
+      ImportanceScratchFloats,
+      Importance,
+  };
+  return kTable;
+}
+
+}  // namespace FEDSPINE_TARGET
+}  // namespace fedspine

@@ -1,0 +1,1 @@
+"""FedSpine Edge: federated fine-tuning that shrinks the model, on the device."""

@@ -1,0 +1,66 @@
+"""Files that are there whole or not at all: written aside, synced, renamed.
+
+Comes in: bytes, or a function that writes files into a new directory. Goes out: the file or directory under its final
+name. When the disk is full or the process dies, what was there before is untouched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from fedspine_edge.errors import CheckpointError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; nothing half-written stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
+    """Writes a directory whole or not at all, in the place of one of that name.
+
+    Args:
+        path: Final name.
+        fill: Called with a new, empty directory beside `path`; writes the files.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; nothing half-written stays.
+    """
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        fill(partial)
+        partial.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error}",
+        hint="free some space, or choose another folder with --out; what was saved before is intact",
+    )

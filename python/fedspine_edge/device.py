@@ -1,0 +1,128 @@
+"""One round on a device: assignment -> update. Knows nothing of how either travels.
+
+Comes in: an assignment, the device's own examples and what it remembers. Goes out: an update, and what to remember.
+
+Source: FedSpine (arXiv 2501.02438), the workflow of a round on the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedspine_edge.batches import TokenSet, training_batches
+from fedspine_edge.hardware import peak_memory_bytes, reset_peak_memory
+from fedspine_edge.importance import ImportanceMeter
+from fedspine_edge.masks import Keep, blend, choose, kept_counts
+from fedspine_edge.protocol import Assignment, DeviceReport, Layout, Update
+from fedspine_edge.tuning import tune
+from fedspine_edge.update import arrays, assigned_factors, load_task_head, to_update
+from fedspine_edge.workbench import Workbench
+
+FROZEN_AGREEMENT = 1.0
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """What a device remembers from one round to the next.
+
+    Attributes:
+        pruning_ratio: The ratio it was pruned to when its last round ended.
+        importance: Group name -> the importance it measured itself, [num_members], NaN where never.
+    """
+
+    pruning_ratio: float = 0.0
+    importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def run_round(
+    bench: Workbench, assignment: Assignment, examples: TokenSet, state: DeviceState
+) -> tuple[Update, DeviceState]:
+    """Does one round.
+
+    Args:
+        bench: The base model, opened.
+        assignment: What the server asks.
+        examples: The device's own examples, at least one.
+        state: What the device remembers.
+
+    Raises:
+        IncompatibleError: The assignment is for another base model.
+        TuningError: The loss is not finite.
+    """
+    reset_peak_memory()
+    start = time.perf_counter()
+    pruner = _Pruner(assignment, bench.layout, state)
+    keep = pruner.keep(0, None)
+    mean_inputs = arrays(assignment.tensors, "mean_input")
+    factors = assigned_factors(assignment, bench.layout, keep)
+    shrunk = bench.fit(keep, factors, scaling=assignment.scaling, mean_inputs=mean_inputs)
+    load_task_head(bench.model, assignment)
+    batches = training_batches(
+        examples, batch_size=assignment.batch_size, num_batches=assignment.num_steps, seed=assignment.seed
+    )
+    tuned = tune(
+        shrunk,
+        batches,
+        learning_rate=assignment.learning_rate,
+        prune_interval=assignment.prune_interval,
+        narrower=lambda done, meter: pruner.keep(done + 1, meter, shrunk.keep),
+        measure=assignment.mask_agreement < FROZEN_AGREEMENT,
+    )
+    report = DeviceReport(
+        num_examples=len(examples),
+        num_steps=assignment.num_steps,
+        loss_before=tuned.loss_before,
+        loss_after=tuned.loss_after,
+        compute_seconds=time.perf_counter() - start,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    update = to_update(assignment, shrunk, tuned, pruning_ratio=assignment.pruning_ratio, report=report)
+    return update, pruner.remembered(tuned.importance, shrunk.keep)
+
+
+class _Pruner:
+    """Which members stay after each pruning of a round, on the way from the last round's ratio to this one's."""
+
+    def __init__(self, assignment: Assignment, layout: Layout, state: DeviceState) -> None:
+        self._assignment = assignment
+        self._layout = layout
+        self._state = state
+        self._server = arrays(assignment.tensors, "importance")
+        self._candidates = arrays(assignment.tensors, "keep")
+        self._num_prunings = max(1, -(-assignment.num_steps // assignment.prune_interval))
+
+    def keep(self, index: int, meter: ImportanceMeter | None, current: Keep | None = None) -> Keep | None:
+        """Returns what stays after pruning number `index`; None when that is what is there already."""
+        first, last = min(self._state.pruning_ratio, self._assignment.pruning_ratio), self._assignment.pruning_ratio
+        ratio = first + (last - first) * (index + 1) / self._num_prunings
+        own = self._own(meter.scores if meter else {}, current or {})
+        scores = {
+            group.name: blend(self._server[group.name], own.get(group.name), self._assignment.mask_agreement)
+            for group in self._layout.groups
+        }
+        keep = choose(
+            self._layout,
+            scores,
+            pruning_ratio=ratio,
+            mode=self._assignment.mask_mode,
+            candidates=current or self._candidates,
+        )
+        unchanged = current is not None and kept_counts(current) == kept_counts(keep)
+        return None if unchanged else keep
+
+    def _own(self, measured: Mapping[str, np.ndarray], keep: Keep) -> dict[str, np.ndarray]:
+        """The device's own importance: what it just measured, where it did; else what it remembers."""
+        own = {name: np.asarray(scores, dtype=np.float32) for name, scores in self._state.importance.items()}
+        for name, scores in measured.items():
+            fresh = own.get(name, np.full(self._layout.group(name).num_members, np.nan, dtype=np.float32)).copy()
+            fresh[keep[name]] = scores
+            own[name] = fresh
+        return own
+
+    def remembered(self, measured: Mapping[str, np.ndarray], keep: Keep) -> DeviceState:
+        """Returns what the device remembers of this round."""
+        return DeviceState(self._assignment.pruning_ratio, self._own(measured, keep))

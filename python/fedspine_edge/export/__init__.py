@@ -1,0 +1,1 @@
+"""Exporters: a (pruned) model directory -> the file an inference engine runs, and the proof that it says the same."""

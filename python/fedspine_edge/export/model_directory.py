@@ -1,0 +1,300 @@
+"""A model directory as an exporter sees it: every name, shape and width checked before a byte is written.
+
+In: `config.json` (the transformers config of the unpruned model), `*.safetensors` (shrunk shapes), optionally
+`fedspine_prune.json`. Out: a `ModelDirectory`, whose tensors are read one at a time from the mapped file.
+No model is built, so a 7B model is exported in the memory of its largest matrix.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedspine_edge.errors import CheckpointError, IncompatibleError
+
+CHANNEL_BLOCK = 32
+"""FFN widths are multiples of this: other rows fall back to F16 in quantised files and run 1.4-1.9 times slower."""
+
+FAMILIES = ("llama", "mistral", "qwen2")
+PRUNE_FORMAT = 1
+
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+)
+_ALWAYS_BIASED = {"qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """What one layer has kept: query heads, KV heads and FFN channels."""
+
+    num_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """A checked model directory.
+
+    Attributes:
+        path: Where it is.
+        config: `config.json`: the unpruned model's.
+        layers: Widths of each layer, from the tensors' shapes.
+        shapes: Shape of each tensor, by its transformers name.
+        files: The file that holds each tensor.
+        prune_record: `fedspine_prune.json`, empty for an unpruned model.
+        base: What is known of the unpruned model's origin: name, license, tokenizer_gguf, ...
+    """
+
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    layers: tuple[LayerWidths, ...]
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    files: Mapping[str, Path] = field(repr=False)
+    prune_record: Mapping[str, Any] = field(repr=False)
+    base: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one head."""
+        return head_dim(self.config)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every layer has the same widths."""
+        return len(set(self.layers)) == 1
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights in the file, a tied head counted once."""
+        return sum(int(np.prod(shape)) for shape in self.shapes.values())
+
+
+def head_dim(config: Mapping[str, Any]) -> int:
+    """Returns the features of one head that a config means."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def read_model_directory(path: Path) -> ModelDirectory:
+    """Returns a model directory after every check an export needs.
+
+    Args:
+        path: Directory with `config.json`, `*.safetensors` and, for a pruned model, `fedspine_prune.json`.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or not JSON.
+        IncompatibleError: The family is unknown, a tensor is missing, surplus or of a wrong shape, a width is one that
+            engines cannot run, or `fedspine_prune.json` does not describe these tensors.
+    """
+    config = read_json(path / "config.json")
+    _check_config(config)
+    record, facts = (
+        read_json(path / name) if (path / name).exists() else {}
+        for name in ("fedspine_prune.json", "fedspine_base.json")
+    )
+    shapes, files = _read_shapes(path)
+    layers = tuple(_layer_widths(index, config, shapes) for index in range(config["num_hidden_layers"]))
+    _check_shapes(shapes, _expected_shapes(config, layers), _optional_shapes(config, layers))
+    if record:
+        _check_record(record, config, layers)
+    if config.get("tie_word_embeddings"):
+        shapes = {name: shape for name, shape in shapes.items() if name != "lm_head.weight"}
+    return ModelDirectory(
+        path=path,
+        config=config,
+        layers=layers,
+        shapes=shapes,
+        files=files,
+        prune_record=record,
+        base=record.get("base") or facts,
+    )
+
+
+def read_tensor(model: ModelDirectory, name: str) -> np.ndarray:
+    """Returns one tensor as float32, read from the mapped file.
+
+    Raises:
+        IncompatibleError: It holds NaN or infinity.
+    """
+    with safe_open(model.files[name], framework="pt") as file:
+        tensor: np.ndarray = file.get_tensor(name).to(torch.float32).numpy()
+    if not np.isfinite(tensor).all():
+        raise IncompatibleError(f"expected finite weights, found NaN or infinity in {name}")
+    return tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises CheckpointError when it is missing or damaged."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"expected a readable {path.name} in {path.parent}: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"expected an object in {path}, found {type(document).__name__}")
+    return document
+
+
+def _read_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
+    paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"expected *.safetensors in {directory}, found none")
+    shapes: dict[str, tuple[int, ...]] = {}
+    files: dict[str, Path] = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 not a dict
+                    shapes[name], files[name] = tuple(file.get_slice(name).get_shape()), path
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"expected a whole {path.name} in {directory}: {error}", hint="copy the file again"
+            ) from error
+    return shapes, files
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise IncompatibleError(f"expected a model of family {', '.join(FAMILIES)}, found {family!r}")
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:
+        raise IncompatibleError(f"expected {', '.join(missing)} in config.json, found none")
+    if config.get("hidden_act", "silu") != "silu":
+        raise IncompatibleError(f"expected the silu activation, found {config['hidden_act']!r}")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise IncompatibleError("expected rotary embeddings over whole heads, found a partial_rotary_factor")
+
+
+def _layer_widths(index: int, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> LayerWidths:
+    """Returns the widths of one layer from its tensors; raises IncompatibleError for widths engines cannot run."""
+    dim = head_dim(config)
+    rows = {}
+    for matrix in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"):
+        name = f"model.layers.{index}.{matrix}.weight"
+        if name not in shapes:
+            raise IncompatibleError(f"expected tensor {name}, found none")
+        rows[matrix] = shapes[name][0]
+    num_heads, num_kv_heads = rows["self_attn.q_proj"] // dim, rows["self_attn.k_proj"] // dim
+    if num_heads == 0 or num_kv_heads == 0:
+        raise IncompatibleError(
+            f"expected at least one head in each layer, found none in layer {index}", hint="keep one KV group"
+        )
+    per_group = config["num_attention_heads"] // _num_kv_heads(config)
+    if num_heads != per_group * num_kv_heads:
+        raise IncompatibleError(
+            f"expected {per_group} query heads per KV head, found {num_heads} for {num_kv_heads} in layer {index}",
+            hint="prune whole KV groups",
+        )
+    channels = rows["mlp.up_proj"]
+    if channels < CHANNEL_BLOCK or channels % CHANNEL_BLOCK:
+        raise IncompatibleError(
+            f"expected FFN channels in multiples of {CHANNEL_BLOCK}, found {channels} in layer {index}",
+            hint=f"prune FFN channels in blocks of {CHANNEL_BLOCK}",
+        )
+    return LayerWidths(num_heads=num_heads, num_key_value_heads=num_kv_heads, intermediate_size=channels)
+
+
+def _num_kv_heads(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
+def _matrix_shapes(config: Mapping[str, Any], layer: LayerWidths) -> dict[str, tuple[int, int]]:
+    hidden, dim = config["hidden_size"], head_dim(config)
+    queries, keys, channels = layer.num_heads * dim, layer.num_key_value_heads * dim, layer.intermediate_size
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (channels, hidden),
+        "mlp.up_proj": (channels, hidden),
+        "mlp.down_proj": (hidden, channels),
+    }
+
+
+def _needs_bias(config: Mapping[str, Any], matrix: str) -> bool:
+    if config["model_type"] in _ALWAYS_BIASED:
+        return matrix in _ALWAYS_BIASED[config["model_type"]]
+    return bool(config.get("attention_bias" if matrix.startswith("self_attn") else "mlp_bias"))
+
+
+def _expected_shapes(config: Mapping[str, Any], layers: tuple[LayerWidths, ...]) -> dict[str, tuple[int, ...]]:
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    expected: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.get("tie_word_embeddings"):
+        expected["lm_head.weight"] = (vocabulary, hidden)
+    for index, layer in enumerate(layers):
+        prefix = f"model.layers.{index}"
+        expected[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        expected[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for matrix, shape in _matrix_shapes(config, layer).items():
+            expected[f"{prefix}.{matrix}.weight"] = shape
+            if _needs_bias(config, matrix):
+                expected[f"{prefix}.{matrix}.bias"] = shape[:1]
+    return expected
+
+
+def _optional_shapes(config: Mapping[str, Any], layers: tuple[LayerWidths, ...]) -> dict[str, tuple[int, ...]]:
+    """Biases of mean compensation on any o/down, and a tied head that was stored all the same."""
+    hidden = config["hidden_size"]
+    optional: dict[str, tuple[int, ...]] = {
+        f"model.layers.{index}.{matrix}.bias": (hidden,)
+        for index in range(len(layers))
+        for matrix in ("self_attn.o_proj", "mlp.down_proj")
+    }
+    if config.get("tie_word_embeddings"):
+        optional["lm_head.weight"] = (config["vocab_size"], hidden)
+    return optional
+
+
+def _check_shapes(
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    optional: Mapping[str, tuple[int, ...]],
+) -> None:
+    for name in expected:
+        if name not in shapes:
+            raise IncompatibleError(f"expected tensor {name}, found none")
+    allowed = {**optional, **expected}
+    for name, shape in shapes.items():
+        if name not in allowed:
+            raise IncompatibleError(f"expected no tensor {name}, found one of shape {list(shape)}")
+        if shape != allowed[name]:
+            raise IncompatibleError(f"expected shape {list(allowed[name])} for {name}, found {list(shape)}")
+
+
+def _check_record(record: Mapping[str, Any], config: Mapping[str, Any], layers: tuple[LayerWidths, ...]) -> None:
+    """Raises IncompatibleError where `fedspine_prune.json` and the tensors disagree on what was kept."""
+    if record.get("format") != PRUNE_FORMAT:
+        raise IncompatibleError(
+            f"fedspine_prune.json is format {record.get('format')}, this program reads {PRUNE_FORMAT}",
+            hint="upgrade the older side",
+        )
+    totals = {"heads": _num_kv_heads(config), "ffn": int(config["intermediate_size"])}
+    groups = record.get("groups", {})
+    for index, layer in enumerate(layers):
+        for kind, found in (("heads", layer.num_key_value_heads), ("ffn", layer.intermediate_size)):
+            group = groups.get(f"layers.{index}.{kind}")
+            kept = len(group["kept"]) * (totals[kind] // group["num_members"]) if group else totals[kind]
+            if kept != found:
+                raise IncompatibleError(
+                    f"fedspine_prune.json keeps {kept} {kind} in layer {index}, the tensors have {found}",
+                    hint="the directory mixes two models: write it again",
+                )

@@ -1,0 +1,58 @@
+"""Facts of the machine this runs on, read from /proc.
+
+Comes in: nothing. Goes out: the CPU's name, cores, memory, and the peak memory of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a report says of the machine it was made on.
+
+    Attributes:
+        cpu: The processor's name, `unknown` where the kernel does not say.
+        cores: Cores this process may use.
+        memory_bytes: Memory of the machine.
+    """
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+
+
+def this_machine(proc: Path = Path("/proc")) -> Machine:
+    """Returns the facts of this machine."""
+    try:
+        text = (proc / "cpuinfo").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    return Machine(found[1].strip() if found else "unknown", usable_cores(), psutil.virtual_memory().total)
+
+
+def usable_cores() -> int:
+    """Returns the cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def reset_peak_memory() -> None:
+    """Makes the kernel forget this process's peak memory, so that the next reading is of what follows."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        # Some containers forbid it; the peak is then that of the whole life of the process, an upper bound.
+        return
+
+
+def peak_memory_bytes() -> int:
+    """Returns the peak resident memory of this process since the last reset."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss

@@ -1,0 +1,1 @@
+"""Measurements of exported models: speed, latency, memory."""

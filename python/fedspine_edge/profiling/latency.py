@@ -1,0 +1,275 @@
+"""How fast GGUF files run in llama.cpp, side by side: prompt and generation tokens/s, TTFT, ITL, memory.
+
+In: GGUF files. Out: one `Speed` a file and, against the first of them, one `SpeedRatio` a file. The tests are
+llama-bench's (`pp512`: one batch of prompt; `tg128`: one token at a time). Every file has a process of its own, kept
+alive and driven in turn, so runs interleave (A B A B) and a slow minute of the machine hits all files alike; never do
+two run at once, for llama.cpp's threads spin at barriers and would halve each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fedspine_edge
+from fedspine_edge.errors import FedSpineError, IncompatibleError
+
+WORKER = "fedspine_edge.profiling.latency_worker"
+
+DISTURBED_SHARE = 0.9
+"""Below this share of the CPU time its threads could have had, a run shared the cores with others and is repeated."""
+
+MAX_REPEATS = 3
+
+
+class Spread(NamedTuple):
+    """Median of samples, with their first and third quartile."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one file does; the tuples hold one sample a repetition, in the order they were taken.
+
+    Attributes:
+        path: The file.
+        model_type: As llama-bench names it.
+        size_bytes: Size of the file.
+        num_parameters: Weights in the file.
+        num_threads: Threads.
+        num_prompt: Tokens of the prompt test.
+        num_generate: Tokens of the generation test.
+        prompt_tokens_per_second: Samples of the prompt test.
+        generate_tokens_per_second: Samples of the generation test.
+        ttft_seconds: Samples of the time from a prompt of `num_prompt` tokens to the first token.
+        itl_seconds: Time between tokens: 50th, 95th and 99th percentile over all repetitions.
+        peak_memory_bytes: Peak resident memory of the process; None where the kernel does not say.
+        base_memory_bytes: What that process held before it loaded the model (Python itself).
+        pss_bytes: Proportional resident memory at the end.
+        cpu_share: Smallest share of its threads' CPU time that a kept run got: well below 1 on a busy machine.
+    """
+
+    path: Path
+    model_type: str
+    size_bytes: int
+    num_parameters: int
+    num_threads: int
+    num_prompt: int
+    num_generate: int
+    prompt_tokens_per_second: tuple[float, ...]
+    generate_tokens_per_second: tuple[float, ...]
+    ttft_seconds: tuple[float, ...]
+    itl_seconds: tuple[float, float, float]
+    peak_memory_bytes: int | None
+    base_memory_bytes: int | None
+    pss_bytes: int | None
+    cpu_share: float
+
+
+@dataclass(frozen=True)
+class SpeedRatio:
+    """One file against the first: above 1 is faster, smaller, leaner.
+
+    Attributes:
+        path: The file.
+        prompt: Speed-up of the prompt test, over the repetitions, each against its neighbour in time.
+        generate: Speed-up of the generation test.
+        ttft: Speed-up of the time to the first token.
+        size: How many times smaller the file is.
+        memory: How many times smaller the peak memory beyond Python's own is; None where it was not measured.
+    """
+
+    path: Path
+    prompt: Spread
+    generate: Spread
+    ttft: Spread
+    size: float
+    memory: float | None
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """A running `latency_worker` and what it said when it was ready."""
+
+    path: Path
+    process: subprocess.Popen[str]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Answers of one worker so far."""
+
+    prompts: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def compare_speed(
+    paths: Sequence[Path],
+    *,
+    num_prompt: int = 512,
+    num_generate: int = 128,
+    repetitions: int = 5,
+    num_threads: int,
+) -> list[Speed]:
+    """Measures files in turn, after a warm-up of each.
+
+    Args:
+        paths: GGUF files; all are held in memory at once.
+        num_prompt: Tokens of the prompt test.
+        num_generate: Tokens of the generation test.
+        repetitions: Samples of each test and file.
+        num_threads: Threads; more than the free cores makes llama.cpp tens of times slower.
+
+    Returns:
+        One `Speed` a path, in their order.
+
+    Raises:
+        ValueError: A count is below 1.
+        IncompatibleError: llama.cpp does not run a file.
+    """
+    if min(num_prompt, num_generate, repetitions, num_threads) < 1:
+        raise ValueError("expected counts of at least 1 for tokens, repetitions and threads")
+    options = {"num_prompt": num_prompt, "num_generate": num_generate, "num_threads": num_threads}
+    with contextlib.ExitStack() as stack:
+        workers = [_start(stack, Path(path), options) for path in paths]
+        runs = [_Runs() for _ in workers]
+        for _ in range(repetitions):
+            for worker, run in zip(workers, runs, strict=True):
+                run.prompts.append(_undisturbed(worker, "prompt", num_threads))
+            for worker, run in zip(workers, runs, strict=True):
+                run.generations.append(_undisturbed(worker, "generate", num_threads))
+        return [_speed(worker, run, options) for worker, run in zip(workers, runs, strict=True)]
+
+
+def speed_ratios(speeds: Sequence[Speed]) -> list[SpeedRatio]:
+    """Returns each file against the first, repetition by repetition; the first itself is all ones."""
+    first = speeds[0]
+    return [
+        SpeedRatio(
+            path=speed.path,
+            prompt=_ratio(speed.prompt_tokens_per_second, first.prompt_tokens_per_second),
+            generate=_ratio(speed.generate_tokens_per_second, first.generate_tokens_per_second),
+            ttft=_ratio(first.ttft_seconds, speed.ttft_seconds),
+            size=first.size_bytes / speed.size_bytes,
+            memory=_memory_ratio(first, speed),
+        )
+        for speed in speeds
+    ]
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Returns median and quartiles of at least one sample."""
+    if len(samples) == 1:
+        return Spread(samples[0], samples[0], samples[0])
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def _ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+    return spread([above / below for above, below in zip(numerators, denominators, strict=True)])
+
+
+def _memory_ratio(first: Speed, speed: Speed) -> float | None:
+    own, other = _model_memory(first), _model_memory(speed)
+    return own / other if own and other else None
+
+
+def _model_memory(speed: Speed) -> int | None:
+    if speed.peak_memory_bytes is None or speed.base_memory_bytes is None:
+        return None
+    return speed.peak_memory_bytes - speed.base_memory_bytes
+
+
+def _start(stack: contextlib.ExitStack, path: Path, options: dict[str, int]) -> _Worker:
+    """Returns a worker that has loaded and warmed up; it ends with the stack."""
+    arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    # The package may have been found through sys.path alone, which a child does not inherit.
+    package_root = str(Path(fedspine_edge.__file__).resolve().parents[1])
+    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        [sys.executable, "-m", WORKER, str(path), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search_path},
+    )
+    stack.callback(_stop, process)
+    return _Worker(path=path, process=process, facts=_read(path, process))
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+    process.terminate()
+    process.wait()
+
+
+def _read(path: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
+    line = process.stdout.readline() if process.stdout is not None else ""
+    if not line:
+        raise IncompatibleError(
+            f"expected a measurement of {path.name}, its process ended with {process.wait()}",
+            hint="check the file with another llama.cpp program",
+        )
+    answer: dict[str, Any] = json.loads(line)
+    if "error" in answer:
+        raise FedSpineError(answer["error"])
+    return answer
+
+
+def _ask(worker: _Worker, command: str) -> dict[str, Any]:
+    if worker.process.stdin is not None:
+        # A process that died is told apart by its missing answer.
+        with contextlib.suppress(BrokenPipeError):
+            worker.process.stdin.write(command + "\n")
+            worker.process.stdin.flush()
+    return _read(worker.path, worker.process)
+
+
+def _undisturbed(worker: _Worker, command: str, num_threads: int) -> dict[str, Any]:
+    """Returns a run that had the cores to itself, or the least disturbed of a few."""
+    best: dict[str, Any] = {}
+    for _ in range(MAX_REPEATS):
+        answer = _ask(worker, command)
+        answer["cpu_share"] = min(1.0, answer["cpu_seconds"] / (answer["seconds"] * num_threads))
+        if not best or answer["cpu_share"] > best["cpu_share"]:
+            best = answer
+        if best["cpu_share"] >= DISTURBED_SHARE:
+            break
+    return best
+
+
+def _speed(worker: _Worker, runs: _Runs, options: dict[str, int]) -> Speed:
+    memory = _ask(worker, "memory")
+    each = sorted(seconds for run in runs.generations for seconds in run["token_seconds"])
+    percentiles = [each[min(len(each) - 1, int(share * len(each)))] for share in (0.5, 0.95, 0.99)]
+    return Speed(
+        path=worker.path,
+        model_type=worker.facts["model_type"],
+        size_bytes=worker.path.stat().st_size,
+        num_parameters=worker.facts["num_parameters"],
+        **options,
+        prompt_tokens_per_second=tuple(options["num_prompt"] / run["seconds"] for run in runs.prompts),
+        generate_tokens_per_second=tuple(options["num_generate"] / run["seconds"] for run in runs.generations),
+        ttft_seconds=tuple(run["seconds"] for run in runs.prompts),
+        itl_seconds=(percentiles[0], percentiles[1], percentiles[2]),
+        peak_memory_bytes=memory["peak_memory_bytes"],
+        base_memory_bytes=worker.facts["base_memory_bytes"],
+        pss_bytes=memory["pss_bytes"],
+        cpu_share=min(run["cpu_share"] for run in [*runs.prompts, *runs.generations]),
+    )

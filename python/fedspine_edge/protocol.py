@@ -1,0 +1,289 @@
+"""What the server and the devices say to each other: frozen dataclasses <-> one safetensors blob each.
+
+The server asks with an `Assignment`, the device answers with an `Update`; both name their arrays after one `Layout`,
+which describes the base model once for a run. numpy and the standard library only: the server never loads torch.
+
+Array names in `Assignment.tensors` and `Update.tensors`:
+
+| name                    | shape           | dtype   | meaning                                                  |
+|-------------------------|-----------------|---------|----------------------------------------------------------|
+| `lora_a/<matrix>`       | [rank, in kept] | float16 | LoRA A at the columns of the kept members                |
+| `lora_b/<matrix>`       | [out kept, rank]| float16 | LoRA B at the rows of the kept members                   |
+| `keep/<group>`          | [kept]          | int32   | kept members, sorted, in the original numbering          |
+| `importance/<group>`    | [num_members]   | float16 | importance of each member, NaN where it was not measured |
+| `mean_input/<matrix>`   | [in_features]   | float16 | mean input of an o/down matrix, NaN where not measured   |
+| `task_head/<parameter>` | the parameter's | float32 | parameters trained densely (a classifier)                |
+
+In an assignment `keep/<group>` are the candidates: the device may keep these and no others. A matrix with an
+`in_group` takes its kept columns from that group, one with an `out_group` its kept rows.
+
+Source: FedSpine (arXiv 2501.02438), section on the workflow of a round; docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_blob
+from safetensors.numpy import save as save_blob
+
+from fedspine_edge.errors import IncompatibleError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of structures that are pruned member by member: the heads or the FFN channels of one layer.
+
+    Attributes:
+        name: Unique in the model, e.g. `layers.3.heads`.
+        kind: `heads` (a member is a head, or a KV group with all its query heads) or `ffn` (a member is a channel).
+        num_members: Members in the unpruned model.
+        block: Kept counts are multiples of this (what fast kernels and quantised formats need).
+        parameters_per_member: Base weights that go when one member goes.
+    """
+
+    name: str
+    kind: str
+    num_members: int
+    block: int
+    parameters_per_member: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer of the base model that carries a LoRA pair.
+
+    Attributes:
+        name: Path of the module in the model.
+        out_features: Rows of the unpruned weight.
+        in_features: Columns of the unpruned weight.
+        out_group: The group whose members own the rows, in equal consecutive shares; None when rows are never pruned.
+        in_group: The group whose members own the columns; None when columns are never pruned.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    out_group: str | None
+    in_group: str | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The prunable and trainable parts of one base model; the same on the server and on every device of a run.
+
+    Attributes:
+        base_sha256: Hash of the base model's weights.
+        groups: Every group, layer by layer.
+        matrices: Every LoRA'd matrix.
+        task_head: Name and shape of each densely trained parameter.
+    """
+
+    base_sha256: str
+    groups: tuple[Group, ...]
+    matrices: tuple[Matrix, ...]
+    task_head: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def group(self, name: str) -> Group:
+        """Returns the group of that name; raises KeyError when there is none."""
+        return _named(self.groups, name)
+
+    def matrix(self, name: str) -> Matrix:
+        """Returns the matrix of that name; raises KeyError when there is none."""
+        return _named(self.matrices, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON-ready dict that `from_json` reads back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Layout:
+        """Returns the layout a `to_json` document describes."""
+        return cls(
+            base_sha256=document["base_sha256"],
+            groups=tuple(Group(**group) for group in document["groups"]),
+            matrices=tuple(Matrix(**matrix) for matrix in document["matrices"]),
+            task_head=tuple((name, tuple(shape)) for name, shape in document["task_head"]),
+        )
+
+
+Named = TypeVar("Named", Group, Matrix)
+
+
+def _named(items: tuple[Named, ...], name: str) -> Named:
+    for item in items:
+        if item.name == name:
+            return item
+    raise KeyError(name)
+
+
+def expand_members(members: np.ndarray, num_members: int, features: int) -> np.ndarray:
+    """Returns the feature indices that the given members own.
+
+    Args:
+        members: Sorted member indices, int [kept].
+        num_members: Members of the unpruned group.
+        features: Rows (or columns) of the unpruned matrix; a multiple of `num_members`.
+
+    Returns:
+        Sorted feature indices, int64 [kept * features / num_members].
+    """
+    width = features // num_members
+    return (np.asarray(members, dtype=np.int64)[:, None] * width + np.arange(width)).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the server asks of one device in one round.
+
+    Attributes:
+        run_id: Which run.
+        device_id: Whom it is for.
+        round_index: Round, from 0.
+        base_sha256: The base model this is about.
+        pruning_ratio: Share of the members of each kind to be gone by the end of the round, 0 <= ratio < 1.
+        rank: LoRA rank.
+        scaling: alpha / rank, the same at every rank.
+        num_steps: Local iterations.
+        prune_interval: Iterations between two prunings (H).
+        batch_size: Examples an iteration.
+        learning_rate: AdamW step size of this round.
+        seed: Seed of everything random in this round on this device.
+        mask_agreement: Share of the server's importance in the ranking of members (rho), 0..1.
+        mask_mode: `uniform` (the same counts in each layer) or `per-layer`.
+        revive: Whether members outside the device's last mask may come back.
+        tensors: Arrays, named as in the module's docstring.
+    """
+
+    run_id: str
+    device_id: str
+    round_index: int
+    base_sha256: str
+    pruning_ratio: float
+    rank: int
+    scaling: float
+    num_steps: int
+    prune_interval: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    mask_agreement: float
+    mask_mode: str
+    revive: bool
+    tensors: Mapping[str, np.ndarray] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What a device measured while it worked on an assignment.
+
+    Attributes:
+        num_examples: Examples the device trains on.
+        num_steps: Iterations done.
+        loss_before: Mean training loss of the first iterations, before any of them took effect on it.
+        loss_after: Mean training loss of the last iterations.
+        compute_seconds: Wall seconds of the local work.
+        peak_memory_bytes: Peak resident memory of the worker process during the round.
+        energy_joules: Energy of the round, None where the board has no readable power rail.
+    """
+
+    num_examples: int
+    num_steps: int
+    loss_before: float
+    loss_after: float
+    compute_seconds: float
+    peak_memory_bytes: int
+    energy_joules: float | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a device returns for an assignment; fields of the same name as the assignment's say what was really done."""
+
+    run_id: str
+    device_id: str
+    round_index: int
+    base_sha256: str
+    pruning_ratio: float
+    rank: int
+    report: DeviceReport
+    tensors: Mapping[str, np.ndarray] = field(repr=False, compare=False)
+
+
+def tensors_nbytes(message: Assignment | Update) -> int:
+    """Returns the bytes of a message's arrays on the wire."""
+    return sum(array.nbytes for array in message.tensors.values())
+
+
+def to_bytes(message: Assignment | Update) -> bytes:
+    """Returns a message as one safetensors blob, its scalars as JSON in the blob's metadata."""
+    scalars = {f.name: getattr(message, f.name) for f in dataclasses.fields(message) if f.name != "tensors"}
+    if isinstance(message, Update):
+        scalars["report"] = dataclasses.asdict(message.report)
+    header = {"protocol": PROTOCOL_VERSION, "kind": type(message).__name__, **scalars}
+    arrays = {name: np.ascontiguousarray(array) for name, array in message.tensors.items()}
+    return save_blob(arrays, metadata={"fedspine": json.dumps(header, sort_keys=True)})
+
+
+def assignment_from_bytes(blob: bytes) -> Assignment:
+    """Returns the assignment in a blob made by `to_bytes`.
+
+    Raises:
+        IncompatibleError: The blob is truncated, not an assignment, or of another protocol version.
+    """
+    scalars, tensors = _from_bytes(blob, "Assignment")
+    return _build(Assignment, scalars, tensors)
+
+
+def update_from_bytes(blob: bytes) -> Update:
+    """Returns the update in a blob made by `to_bytes`.
+
+    Raises:
+        IncompatibleError: The blob is truncated, not an update, or of another protocol version.
+    """
+    scalars, tensors = _from_bytes(blob, "Update")
+    scalars["report"] = _build(DeviceReport, dict(scalars.get("report") or {}), None)
+    return _build(Update, scalars, tensors)
+
+
+def _from_bytes(blob: bytes, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    if len(blob) > MAX_MESSAGE_BYTES:
+        raise IncompatibleError(f"message has {len(blob)} bytes, at most {MAX_MESSAGE_BYTES} are taken")
+    try:
+        tensors = load_blob(blob)
+        header_length = int.from_bytes(blob[:8], "little")
+        metadata = json.loads(blob[8 : 8 + header_length]).get("__metadata__", {})
+        scalars = json.loads(metadata["fedspine"])
+        version, found_kind = scalars.pop("protocol"), scalars.pop("kind")
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise IncompatibleError(f"expected one whole {kind.lower()} as safetensors, found: {error}") from error
+    if version != PROTOCOL_VERSION:
+        raise IncompatibleError(
+            f"{kind.lower()} is protocol {version}, this side speaks {PROTOCOL_VERSION}",
+            hint="upgrade the older side",
+        )
+    if found_kind != kind:
+        raise IncompatibleError(f"expected a message of kind {kind}, found {found_kind}")
+    return scalars, tensors
+
+
+Message = TypeVar("Message")
+
+
+def _build(message_type: type[Message], scalars: dict[str, Any], tensors: Mapping[str, np.ndarray] | None) -> Message:
+    if tensors is not None:
+        scalars = {**scalars, "tensors": tensors}
+    try:
+        return message_type(**scalars)
+    except TypeError as error:
+        kind = message_type.__name__.lower()
+        raise IncompatibleError(f"{kind} does not fit protocol {PROTOCOL_VERSION}: {error}") from error

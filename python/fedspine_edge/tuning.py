@@ -1,0 +1,214 @@
+"""One local round of tuning: a shrunk model and batches -> trained factors and what was measured on the way.
+
+Comes in: a model with `LoRALinear`s, batches, and what to prune after every H iterations. Goes out: the same model,
+tuned and narrower, with the importance of its members and the mean inputs of its matrices.
+
+Source: FedSpine (arXiv 2501.02438), local fine-tuning with pruning every H iterations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedspine_edge.batches import Batch, TokenSet, ordered_batches
+from fedspine_edge.compensation import MeanInputMeter
+from fedspine_edge.errors import TuningError
+from fedspine_edge.importance import ImportanceMeter
+from fedspine_edge.lora import LoRALinear, trainable_parameters
+from fedspine_edge.masks import Keep, kept_counts
+from fedspine_edge.protocol import Layout
+from fedspine_edge.shrink import BaseReader, Factors, install, positions_of, slice_factors
+
+GRADIENT_CLIP = 1.0
+LOSS_WINDOW = 4
+MEAN_INPUT_EVERY = 4
+
+
+@dataclass
+class ShrunkModel:
+    """A model in the middle of a round: what it keeps, and its LoRA layers.
+
+    Attributes:
+        model: The transformers model.
+        layout: The unpruned model's layout.
+        keep: Members it has now.
+        linears: Matrix name -> LoRA layer.
+        base: Where the base weights come from.
+        scaling: alpha / rank.
+        mean_inputs: Matrix name -> mean input [I], for the compensation.
+    """
+
+    model: Any
+    layout: Layout
+    keep: Keep
+    base: BaseReader
+    scaling: float
+    mean_inputs: dict[str, np.ndarray]
+    linears: dict[str, LoRALinear] = field(default_factory=dict)
+
+    def load(self, factors: Factors) -> None:
+        """Installs LoRA layers of the kept rows and columns with the given factors."""
+        self.linears = install(
+            self.model,
+            self.layout,
+            self.keep,
+            factors,
+            base=self.base,
+            scaling=self.scaling,
+            mean_inputs=self.mean_inputs,
+        )
+
+    def factors(self) -> Factors:
+        """Returns the LoRA factors at the kept rows and columns."""
+        return {name: (linear.lora_a.detach(), linear.lora_b.detach()) for name, linear in self.linears.items()}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a round measured.
+
+    Attributes:
+        loss_before: Mean training loss of the first iterations.
+        loss_after: Mean training loss of the last iterations.
+        importance: Group name -> score of each kept member; empty where it was not measured.
+        mean_inputs: Matrix name -> mean input in the original numbering, NaN where not measured.
+    """
+
+    loss_before: float
+    loss_after: float
+    importance: dict[str, np.ndarray]
+    mean_inputs: dict[str, np.ndarray]
+
+
+def loss_of(model: Any, batch: Batch) -> Tensor:
+    """Returns the mean cross-entropy of a batch; a decoder's logits are computed at the learnt tokens alone."""
+    if len(batch.answer_ids):
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(hidden[batch.answer_rows, batch.answer_columns])
+        return functional.cross_entropy(logits, batch.answer_ids)
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.valid).logits
+    return functional.cross_entropy(logits, batch.labels)
+
+
+def tune(
+    shrunk: ShrunkModel,
+    batches: Iterable[Batch],
+    *,
+    learning_rate: float,
+    prune_interval: int,
+    narrower: Callable[[int, ImportanceMeter], Keep | None],
+    measure: bool = True,
+) -> Tuned:
+    """Tunes a model in place.
+
+    Args:
+        shrunk: The model with its LoRA layers loaded.
+        batches: One a step.
+        learning_rate: AdamW step size.
+        prune_interval: Iterations between two prunings (H).
+        narrower: Called after every H iterations with how many prunings came before and the importance so far; returns
+            what to keep from then on, or None to leave the model as it is.
+        measure: Whether importance and mean inputs are measured.
+
+    Raises:
+        TuningError: The loss is not finite.
+    """
+    meter, losses = ImportanceMeter(), list[float]()
+    inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
+    optimizer = _optimizer(shrunk.model, learning_rate)
+    for step, batch in enumerate(batches):
+        if step and step % prune_interval == 0:
+            keep = narrower(step // prune_interval - 1, meter)
+            if keep is not None:
+                inputs.close(shrunk.keep)
+                optimizer = narrow(shrunk, keep, meter, optimizer, learning_rate)
+                inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
+        inputs.expect(batch.valid if measure and step % MEAN_INPUT_EVERY == 0 else None)
+        losses.append(_step(shrunk, batch, optimizer, meter if measure else None))
+    return Tuned(
+        loss_before=float(np.mean(losses[:LOSS_WINDOW])),
+        loss_after=float(np.mean(losses[-LOSS_WINDOW:])),
+        importance=meter.scores,
+        mean_inputs=inputs.close(shrunk.keep),
+    )
+
+
+def _step(shrunk: ShrunkModel, batch: Batch, optimizer: torch.optim.Optimizer, meter: ImportanceMeter | None) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of(shrunk.model, batch)
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise TuningError(f"expected a finite loss, found {value}", hint="lower the learning rate")
+    loss.backward()
+    if meter is not None:
+        meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+    nn.utils.clip_grad_norm_(trainable_parameters(shrunk.model), GRADIENT_CLIP)
+    optimizer.step()
+    return value
+
+
+def _optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable_parameters(model), lr=learning_rate, weight_decay=0.0, fused=True)
+
+
+def narrow(
+    shrunk: ShrunkModel, keep: Keep, meter: ImportanceMeter, optimizer: torch.optim.Optimizer, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Prunes a model in the middle of a round: weights, LoRA factors, importance and AdamW's moments.
+
+    Returns:
+        An optimiser over the narrower parameters that goes on where the old one was.
+    """
+    layout, last, old = shrunk.layout, shrunk.keep, shrunk.linears
+    moments = {name: (optimizer.state[linear.lora_a], optimizer.state[linear.lora_b]) for name, linear in old.items()}
+    factors = slice_factors(layout, shrunk.factors(), last, keep)
+    shrunk.keep = keep
+    shrunk.load(factors)
+    meter.select({name: np.searchsorted(last[name], members) for name, members in keep.items()})
+    successor = _optimizer(shrunk.model, learning_rate)
+    for parameter in trainable_parameters(shrunk.model):
+        if parameter in optimizer.state:
+            successor.state[parameter] = optimizer.state[parameter]
+    for matrix in layout.matrices:
+        rows, columns = positions_of(layout, matrix, last, keep)
+        state_a, state_b = moments[matrix.name]
+        linear = shrunk.linears[matrix.name]
+        successor.state[linear.lora_a] = _selected(state_a, 1, columns)
+        successor.state[linear.lora_b] = _selected(state_b, 0, rows)
+    return successor
+
+
+def _selected(state: dict[str, Tensor], dim: int, positions: Tensor | None) -> dict[str, Tensor]:
+    if positions is None:
+        return dict(state)
+    return {name: t.index_select(dim, positions) if t.ndim == 2 else t for name, t in state.items()}
+
+
+@torch.no_grad()
+def predict(model: Any, tokens: TokenSet, *, choices: list[int] | None, batch_size: int = 32) -> np.ndarray:
+    """Returns the class a model gives each row, int64 [N].
+
+    Args:
+        model: A classifier, or a decoder.
+        tokens: The rows; a decoder's answers are not shown to it.
+        choices: First token of each class's word for a decoder; None for a classifier.
+        batch_size: Rows at a time.
+    """
+    predictions = np.zeros(len(tokens), dtype=np.int64)
+    for indices, batch in ordered_batches(tokens, batch_size):
+        if choices is None:
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.valid).logits
+        else:
+            hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+            last = batch.valid.sum(1) - 1 - torch.from_numpy(tokens.answer_lengths[indices])
+            logits = model.get_output_embeddings()(hidden[torch.arange(len(last)), last])[:, choices]
+        predictions[indices] = logits.argmax(dim=1).numpy()
+    return predictions

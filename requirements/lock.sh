@@ -1,0 +1,20 @@
+#!/bin/sh
+# Compiles the pinned, hashed .txt files from the .in files: sh requirements/lock.sh   (needs `pip install uv`).
+# torch is kept out: its CPU build differs by index, so it is pinned, unhashed, in torch.txt.
+set -eu
+cd "$(dirname "$0")"
+never=$(mktemp)
+trap 'rm -f "$never"' EXIT
+lock() {
+  name=$1
+  shift
+  uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
+    --no-emit-package torch --override "$never" "$@" "$name.in" -o "$name.txt"
+}
+echo "torch ; sys_platform == 'never'" >"$never"
+lock build
+lock run -c build.txt
+lock dev -c build.txt -c run.txt
+lock llama -c run.txt
+# llama.txt holds the one package that is compiled; what it imports stands in run.txt.
+awk '/^[a-z]/ { keep = /^llama-cpp-python/ } keep' llama.txt >"$never" && cat "$never" >llama.txt

@@ -1,0 +1,1 @@
+"""The server of FedSpine Edge: controllers, aggregation, the coordinator of rounds and the fleet simulator."""

@@ -1,0 +1,73 @@
+"""A long sum of rank-one terms -> its best approximation at a given rank, as a LoRA pair fit to be trained on.
+
+Comes in: stacks B [out, R] and A [R, in]. Goes out: factors of rank r_max, components by falling singular value, signs
+fixed. QR of both stacks and an SVD of the small core while R < min(out, in); else the eigenvectors of the smaller Gram
+matrix in float64 (5 times faster than an SVD at 576 x 1536, and singular values below 1e-7 of the largest do not matter
+on a float16 wire).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedspine_server.aggregation.contribution import Factors
+
+# Expected norm of a row of A at initialisation (uniform in +-1/sqrt(in)). A balanced sqrt split of a small singular
+# value gives two short factors, and a pair of zeros has no gradient at all: under AdamW such a component never wakes
+# up.
+ROW_NORM_FLOOR = 1 / np.sqrt(3)
+DEAD = 1e-7  # components below this share of the largest are re-drawn
+
+
+def random_rows(generator: np.random.Generator, num_rows: int, in_features: int) -> np.ndarray:
+    """Returns rows for A as a fresh LoRA has them: uniform in +-1/sqrt(in), float64 [num_rows, in].
+
+    Source: Kaiming-uniform with a = sqrt(5), as in peft.
+    """
+    bound = 1 / np.sqrt(in_features)
+    return generator.uniform(-bound, bound, (num_rows, in_features))
+
+
+def best_factors(b_stack: np.ndarray, a_stack: np.ndarray, rank: int, generator: np.random.Generator) -> Factors:
+    """Returns the best rank-`rank` factors of `b_stack @ a_stack`.
+
+    The split is sqrt(sigma) on both sides, except that no row of A gets shorter than at initialisation. Components that
+    the sum does not have get a random row of A and a zero column of B: nothing in the product, but ready to learn.
+
+    Args:
+        b_stack: float64 [out, R].
+        a_stack: float64 [R, in].
+        rank: Components wanted.
+        generator: Where the random rows come from.
+    """
+    if b_stack.shape[1] < min(b_stack.shape[0], a_stack.shape[1]):
+        u, sigma, vt = _svd_of_stacks(b_stack, a_stack)
+    else:
+        u, sigma, vt = _svd_of_product(b_stack @ a_stack)
+    alive = min(rank, int(np.count_nonzero(sigma > DEAD * sigma[0]))) if sigma.size and sigma[0] > 0 else 0
+    u, sigma, vt = u[:, :alive], sigma[:alive], vt[:alive]
+    signs = np.sign(vt[np.arange(alive), np.abs(vt).argmax(axis=1)]) if alive else np.zeros(0)
+    row_norm = np.maximum(np.sqrt(sigma), ROW_NORM_FLOOR)
+    lora_a = random_rows(generator, rank, a_stack.shape[1])
+    lora_b = np.zeros((b_stack.shape[0], rank))
+    lora_a[:alive] = (signs * row_norm)[:, None] * vt
+    lora_b[:, :alive] = u * (signs * sigma / row_norm)
+    return Factors(lora_a.astype(np.float32), lora_b.astype(np.float32))
+
+
+def _svd_of_stacks(b_stack: np.ndarray, a_stack: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    q_b, r_b = np.linalg.qr(b_stack)
+    q_a, r_a = np.linalg.qr(a_stack.T)
+    u, sigma, vt = np.linalg.svd(r_b @ r_a.T)
+    return q_b @ u, sigma, vt @ q_a.T
+
+
+def _svd_of_product(product: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if product.shape[0] > product.shape[1]:
+        u, sigma, vt = _svd_of_product(product.T)
+        return vt.T, sigma, u.T
+    values, vectors = np.linalg.eigh(product @ product.T)
+    sigma = np.sqrt(np.maximum(values[::-1], 0.0))
+    u = vectors[:, ::-1]
+    vt = (u.T @ product) / np.where(sigma > 0, sigma, 1.0)[:, None]
+    return u, sigma, vt

@@ -1,0 +1,140 @@
+"""A choice -> the assignment with its arrays, and a device's arrays -> full-size ones.
+
+Comes in: the run's state and what the controller chose. Goes out: an `Assignment` whose factors are the global ones cut
+to the rank and to the candidates' rows and columns. It is a pure function of the state, so it can be made again after a
+restart, and when its answer is checked.
+
+Source: FedSpine (arXiv 2501.02438), the server's side of a round; algorithm.md, sections 2 and 5.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedspine_edge.protocol import Assignment, Layout, Matrix, Update, expand_members
+from fedspine_server.aggregation.contribution import Contribution
+from fedspine_server.arms import in_cooldown, may_revive
+from fedspine_server.controllers.contract import Choice
+from fedspine_server.settings import learning_rate_of
+from fedspine_server.state import DeviceState, RunState
+
+# A device that is told to follow the server alone measures nothing; outside cool-down the server lives on measurements.
+MOST_AGREEMENT_WHILE_MEASURING = 0.999
+
+
+def candidates(state: RunState, device: DeviceState) -> dict[str, np.ndarray]:
+    """Returns the members a device may keep in the round under way: group name -> int32.
+
+    All while members may come back, and in cool-down, where every device takes the server's mask; in between what the
+    device kept last (all, if it never returned anything).
+    """
+    if device.kept and not may_revive(state.settings, state.round_index):
+        return dict(device.kept)
+    return {group.name: np.arange(group.num_members, dtype=np.int32) for group in state.layout.groups}
+
+
+def build_assignment(state: RunState, choice: Choice) -> Assignment:
+    """Returns what the server asks of one device in the round under way."""
+    settings, round_index = state.settings, state.round_index
+    members = candidates(state, state.devices[choice.device_id])
+    cooldown = in_cooldown(settings, round_index)
+    return Assignment(
+        run_id=state.run_id,
+        device_id=choice.device_id,
+        round_index=round_index,
+        base_sha256=state.layout.base_sha256,
+        pruning_ratio=choice.pruning_ratio,
+        rank=choice.rank,
+        scaling=settings.scaling,
+        num_steps=choice.num_steps,
+        prune_interval=settings.prune_interval,
+        batch_size=settings.batch_size,
+        learning_rate=learning_rate_of(settings, round_index),
+        seed=zlib.crc32(f"{settings.seed}/{round_index}/{choice.device_id}".encode()),
+        mask_agreement=1.0 if cooldown else min(settings.mask_agreement, MOST_AGREEMENT_WHILE_MEASURING),
+        mask_mode=settings.mask_mode,
+        revive=may_revive(settings, round_index),
+        tensors=_tensors(state, members, choice.rank),
+    )
+
+
+def _tensors(state: RunState, members: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for matrix in state.layout.matrices:
+        factors = state.adapter[matrix.name]
+        rows, columns = kept_features(state.layout, matrix, members)
+        lora_a = factors.lora_a[:rank] if columns is None else factors.lora_a[:rank, columns]
+        lora_b = factors.lora_b[:, :rank] if rows is None else factors.lora_b[rows, :rank]
+        tensors[f"lora_a/{matrix.name}"] = lora_a.astype(np.float16)
+        tensors[f"lora_b/{matrix.name}"] = lora_b.astype(np.float16)
+    for name, kept in members.items():
+        tensors[f"keep/{name}"] = kept
+    tensors |= {f"importance/{name}": value.astype(np.float16) for name, value in state.importance.items()}
+    tensors |= {f"mean_input/{name}": value.astype(np.float16) for name, value in state.mean_input.items()}
+    return tensors | {f"task_head/{name}": value for name, value in state.task_head.items()}
+
+
+def kept_features(
+    layout: Layout, matrix: Matrix, members: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Returns the rows and the columns of a matrix that the given members own; None for a side without a group."""
+    sides: list[np.ndarray | None] = []
+    for group_name, features in ((matrix.out_group, matrix.out_features), (matrix.in_group, matrix.in_features)):
+        if group_name is None:
+            sides.append(None)
+        else:
+            sides.append(expand_members(members[group_name], layout.group(group_name).num_members, features))
+    return sides[0], sides[1]
+
+
+def kept_members(update: Update | Assignment, layout: Layout) -> dict[str, np.ndarray]:
+    """Returns a message's members of each group."""
+    return {group.name: update.tensors[f"keep/{group.name}"] for group in layout.groups}
+
+
+def contribution(layout: Layout, matrix: Matrix, update: Update, weight: float) -> Contribution:
+    """Returns an update's factors of one matrix at full size, zero where the device kept nothing."""
+    rows, columns = kept_features(layout, matrix, kept_members(update, layout))
+    trained_a = update.tensors[f"lora_a/{matrix.name}"].astype(np.float64)
+    trained_b = update.tensors[f"lora_b/{matrix.name}"].astype(np.float64)
+    lora_a, keep_in = trained_a, None
+    if columns is not None:
+        lora_a, keep_in = np.zeros((len(trained_a), matrix.in_features)), np.zeros(matrix.in_features, dtype=bool)
+        lora_a[:, columns], keep_in[columns] = trained_a, True
+    lora_b, keep_out = trained_b, None
+    if rows is not None:
+        lora_b = np.zeros((matrix.out_features, trained_b.shape[1]))
+        keep_out = np.zeros(matrix.out_features, dtype=bool)
+        lora_b[rows], keep_out[rows] = trained_b, True
+    return Contribution(update.device_id, weight, lora_a, lora_b, keep_out, keep_in)
+
+
+def change_norm(layout: Layout, assignment: Assignment, update: Update) -> float:
+    """Returns the Frobenius norm of what a device changed: scaling * (B A - assigned B A) at what it kept."""
+    total = 0.0
+    for matrix in layout.matrices:
+        begin = contribution(layout, matrix, as_update(assignment, update), 1.0)
+        end = contribution(layout, matrix, update, 1.0)
+        begin_a = begin.lora_a if end.keep_in is None else begin.lora_a * end.keep_in
+        begin_b = begin.lora_b if end.keep_out is None else begin.lora_b * end.keep_out[:, None]
+        lora_b = np.concatenate([end.lora_b, -begin_b], axis=1)
+        lora_a = np.concatenate([end.lora_a, begin_a], axis=0)
+        total += float(np.sum((lora_b.T @ lora_b) * (lora_a @ lora_a.T)))
+    return assignment.scaling * float(np.sqrt(max(0.0, total)))
+
+
+def as_update(assignment: Assignment, update: Update) -> Update:
+    """Returns the update of a device that changed and pruned nothing."""
+    return Update(
+        run_id=update.run_id,
+        device_id=update.device_id,
+        round_index=update.round_index,
+        base_sha256=update.base_sha256,
+        pruning_ratio=0.0,
+        rank=assignment.rank,
+        report=update.report,
+        tensors=assignment.tensors,
+    )

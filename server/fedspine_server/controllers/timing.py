@@ -1,0 +1,82 @@
+"""How long an arm takes on each device, learned from the seconds that devices report.
+
+Comes in: outcomes with compute and transfer seconds. Goes out: expected seconds a step and a byte. Seconds of a step
+are a_i * work(p, r): the law `work` is shared by all devices and fitted to all of them, the factor a_i follows one
+device. Seconds of a byte b_i likewise. A surprise of more than 30 % is taken for a change of power mode and followed at
+once.
+
+Source: algorithm.md, section 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedspine_server.reward import Outcome
+
+TimingState = dict[str, Any]
+PRIOR_WORK = (0.2, 0.7, 0.1)  # constant part, part that pruning removes, LoRA at rank 16; relative to an unpruned step
+PRIOR_DEVIATION = 0.1
+NOISE_DEVIATION = 0.2
+GAIN, SURPRISED_GAIN, SURPRISE = 0.3, 0.9, 0.3
+CAUTIOUS_QUANTILE = 0.75  # a device not seen before is taken to be slower than most
+
+
+def init() -> TimingState:
+    """Returns the state before any observation."""
+    precision = np.eye(3) / PRIOR_DEVIATION**2
+    return {"precision": precision.tolist(), "moment": (precision @ PRIOR_WORK).tolist(), "devices": {}}
+
+
+def work(state: TimingState, ratios: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Returns the relative time of a step of each arm, float64 [K]."""
+    coefficients = np.linalg.solve(np.array(state["precision"]), np.array(state["moment"]))
+    return np.asarray(_features(ratios, ranks) @ np.maximum(coefficients, (0.05, 0.0, 0.0)))
+
+
+def seconds_of(state: TimingState, device_id: str) -> tuple[float, float] | None:
+    """Returns (seconds of a step of relative time 1, seconds of a byte); None before any device was seen."""
+    known: Mapping[str, Sequence[float]] = state["devices"]
+    if device_id in known:
+        return known[device_id][0], known[device_id][1]
+    if not known:
+        return None
+    steps, bytes_ = zip(*known.values(), strict=True)
+    return float(np.quantile(steps, CAUTIOUS_QUANTILE)), float(np.quantile(bytes_, CAUTIOUS_QUANTILE))
+
+
+def observe(state: TimingState, outcomes: Sequence[Outcome]) -> TimingState:
+    """Returns the state after a round; outcomes without timings change nothing."""
+    precision, moment = np.array(state["precision"]), np.array(state["moment"])
+    devices = dict(state["devices"])
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.device_id):
+        if not outcome.compute_seconds or not outcome.transfer_seconds or not outcome.transfer_bytes:
+            continue
+        ratios, ranks = np.array([outcome.pruning_ratio]), np.array([outcome.rank])
+        per_work = outcome.compute_seconds / outcome.num_steps / float(work(state, ratios, ranks)[0])
+        per_byte = outcome.transfer_seconds / outcome.transfer_bytes
+        last = devices.get(outcome.device_id)
+        if last is None:
+            devices[outcome.device_id] = [per_work, per_byte]
+            continue
+        if abs(math.log(per_work / last[0])) <= SURPRISE:
+            features = _features(ratios, ranks)[0]
+            observed = outcome.compute_seconds / outcome.num_steps / last[0]
+            precision += np.outer(features, features) / NOISE_DEVIATION**2
+            moment += features * observed / NOISE_DEVIATION**2
+        devices[outcome.device_id] = [_follow(last[0], per_work), _follow(last[1], per_byte)]
+    return {"precision": precision.tolist(), "moment": moment.tolist(), "devices": devices}
+
+
+def _features(ratios: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    return np.stack([np.ones(len(ratios)), 1 - ratios, ranks / 16], axis=1)
+
+
+def _follow(last: float, observed: float) -> float:
+    """Moves in the logarithm: a time is as likely half as twice what was expected."""
+    surprise = math.log(observed / last)
+    return last * math.exp((SURPRISED_GAIN if abs(surprise) > SURPRISE else GAIN) * surprise)

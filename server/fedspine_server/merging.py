@@ -1,0 +1,79 @@
+"""Admitted updates -> the next global adapter, task head, importances and mean inputs.
+
+Comes in: the state a round began with and the updates that were admitted. Goes out: the state with the server's arrays
+moved on, matrix by matrix. Updates are taken in the order of their device_id, so the order of arrival changes nothing.
+
+Source: algorithm.md, section 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from fedspine_edge.protocol import Update
+from fedspine_server.aggregation import AGGREGATIONS, Factors, RoundFacts
+from fedspine_server.aggregation.averages import moved_towards, on_scale_of, weighted_mean
+from fedspine_server.arms import in_cooldown
+from fedspine_server.assignments import contribution
+from fedspine_server.state import RunState, weight_of
+
+
+def merge(state: RunState, updates: Sequence[Update]) -> RunState:
+    """Returns the state with admitted updates merged; unchanged without any."""
+    if not updates:
+        return state
+    ordered = sorted(updates, key=lambda update: update.device_id)
+    weights = [weight_of(state.settings, state.devices[update.device_id]) for update in ordered]
+    task_head = {
+        name: weighted_mean([update.tensors[f"task_head/{name}"] for update in ordered], weights).astype(np.float32)
+        for name in state.task_head
+    }
+    return dataclasses.replace(
+        state,
+        adapter=_adapter(state, ordered, weights),
+        task_head=task_head,
+        importance=_importance(state, ordered, weights),
+        mean_input={
+            name: _moved(state, old, [update.tensors.get(f"mean_input/{name}") for update in ordered], weights)
+            for name, old in state.mean_input.items()
+        },
+    )
+
+
+def _adapter(state: RunState, updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Factors]:
+    settings, layout = state.settings, state.layout
+    rule = AGGREGATIONS[settings.aggregation]
+    adapter = {}
+    for matrix in layout.matrices:
+        parts = [contribution(layout, matrix, u, weight) for u, weight in zip(updates, weights, strict=True)]
+        generator = np.random.default_rng([settings.seed, state.round_index + 1, zlib.crc32(matrix.name.encode())])
+        # In cool-down all devices keep the same members, so what none of them kept is gone for good.
+        facts = RoundFacts(in_cooldown(settings, state.round_index), generator)
+        adapter[matrix.name] = rule(state.adapter[matrix.name], parts, facts)
+    return adapter
+
+
+def _importance(state: RunState, updates: Sequence[Update], weights: Sequence[float]) -> Mapping[str, np.ndarray]:
+    """Importances stand still in cool-down: they decide the mask, the same in all its rounds and in the export."""
+    if in_cooldown(state.settings, state.round_index):
+        return state.importance
+    result = {}
+    for name, old in state.importance.items():
+        measured = [update.tensors.get(f"importance/{name}") for update in updates]
+        scaled = [None if values is None else on_scale_of(old, values) for values in measured]
+        result[name] = _moved(state, old, scaled, weights)
+    return result
+
+
+def _moved(
+    state: RunState, old: np.ndarray, measured: Sequence[np.ndarray | None], weights: Sequence[float]
+) -> np.ndarray:
+    pairs = [(values, weight) for values, weight in zip(measured, weights, strict=True) if values is not None]
+    if not pairs:
+        return old
+    fresh = weighted_mean([values for values, _ in pairs], [weight for _, weight in pairs])
+    return moved_towards(old, fresh, state.settings.importance_gain)

@@ -1,0 +1,273 @@
+// Every kernel of every target this CPU runs, against plain loops in double. Buffers have exactly
+// the size the contracts ask for, so that the address sanitizer sees a read or write beyond them.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gather.h"
+#include "isa.h"
+
+namespace {
+
+using fedspine::Index;
+using fedspine::LinearShape;
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+int failures = 0;
+
+void Fail(const std::string& what) {
+  std::printf("FAIL %s %s\n", fedspine::Kernels().name, what.c_str());
+  ++failures;
+}
+
+std::string Describe(const char* what, const LinearShape& shape, int threads) {
+  return std::string(what) + " T=" + std::to_string(shape.tokens) +
+         " I=" + std::to_string(shape.in_features) + " O=" + std::to_string(shape.out_features) +
+         " R=" + std::to_string(shape.rank) + " threads=" + std::to_string(threads);
+}
+
+std::size_t Size(Index count) { return static_cast<std::size_t>(count); }
+
+Floats Draw(Index count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  Floats values(Size(count));
+  for (float& value : values) value = normal(engine);
+  return values;
+}
+
+// [n, m] -> [m, n]
+Doubles Transposed(const Doubles& a, Index n, Index m) {
+  Doubles out(a.size());
+  for (Index i = 0; i < n; ++i) {
+    for (Index j = 0; j < m; ++j) out[Size(j * n + i)] = a[Size(i * m + j)];
+  }
+  return out;
+}
+
+// [n, k] x [k, m] -> [n, m]
+Doubles Product(const Doubles& a, const Doubles& b, Index n, Index k, Index m) {
+  Doubles out(Size(n * m), 0.0);
+  for (Index i = 0; i < n; ++i) {
+    for (Index l = 0; l < k; ++l) {
+      for (Index j = 0; j < m; ++j) out[Size(i * m + j)] += a[Size(i * k + l)] * b[Size(l * m + j)];
+    }
+  }
+  return out;
+}
+
+void Add(Doubles* sum, const Doubles& other, double scale) {
+  for (std::size_t i = 0; i < sum->size(); ++i) (*sum)[i] += scale * other[i];
+}
+
+Doubles ToDouble(const Floats& values) { return Doubles(values.begin(), values.end()); }
+
+// Float32 sums of `depth` terms of size 1 are off by about sqrt(depth) ulp; 1e-5 leaves a factor
+// of 10.
+void ExpectClose(const Floats& found, const Doubles& expected, const std::string& what) {
+  double largest = 1e-30;
+  double error = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    largest = std::max(largest, std::fabs(expected[i]));
+    const double difference = std::fabs(static_cast<double>(found[i]) - expected[i]);
+    if (!(difference <= error)) error = difference;  // Keeps a NaN.
+  }
+  if (!(error <= 1e-5 * largest)) Fail(what + " error " + std::to_string(error / largest));
+}
+
+// Scratch of exactly the announced size, aligned as the contract says.
+class Scratch {
+ public:
+  explicit Scratch(Index floats)
+      : memory_(static_cast<float*>(::operator new(Size(floats) * sizeof(float), kAlignment))) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(memory_, kAlignment); }
+  float* get() const { return memory_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* memory_;
+};
+
+Floats Pack(const Floats& weight, Index rows, Index columns) {
+  const Index panels = (rows + fedspine::kPanelWidth - 1) / fedspine::kPanelWidth;
+  Floats out(Size(panels * fedspine::kPanelWidth * columns));
+  fedspine::PackWeight({weight.data(), columns, nullptr, nullptr, rows, columns}, out.data(), 1);
+  return out;
+}
+
+struct Outputs {
+  Floats y, hidden, dx, da, db;
+};
+
+struct Layer {
+  explicit Layer(const LinearShape& s)
+      : shape(s),
+        x(Draw(s.tokens * s.in_features, 1)),
+        w(Draw(s.out_features * s.in_features, 2)),
+        bias(Draw(s.out_features, 3)),
+        a(Draw(s.rank * s.in_features, 4)),
+        b(Draw(s.out_features * s.rank, 5)),
+        dy(Draw(s.tokens * s.out_features, 6)),
+        panels(Pack(w, s.out_features, s.in_features)) {}
+
+  Outputs Run(int threads) const {
+    const fedspine::KernelTable& kernels = fedspine::Kernels();
+    Outputs out;
+    out.y.resize(dy.size());
+    out.hidden.resize(Size(shape.tokens * shape.rank));
+    out.dx.resize(x.size());
+    out.da.resize(a.size());
+    out.db.resize(b.size());
+    const bool low_rank = shape.rank > 0;
+    {
+      const Scratch scratch(kernels.lora_linear_forward_scratch(shape, threads));
+      kernels.lora_linear_forward(
+          {shape, x.data(), panels.data(), bias.data(), a.data(), b.data(), kScaling, out.y.data(),
+           low_rank ? out.hidden.data() : nullptr, threads},
+          scratch.get());
+    }
+    const Scratch scratch(kernels.lora_linear_backward_scratch(shape, threads));
+    kernels.lora_linear_backward(
+        {shape, dy.data(), x.data(), panels.data(), a.data(), b.data(), out.hidden.data(), kScaling,
+         out.dx.data(), low_rank ? out.da.data() : nullptr, low_rank ? out.db.data() : nullptr,
+         threads},
+        scratch.get());
+    return out;
+  }
+
+  void Check(const Outputs& out, const char* name, int threads) const {
+    const auto [t, i, o, r] = shape;
+    const Doubles x64 = ToDouble(x), w64 = ToDouble(w), a64 = ToDouble(a), b64 = ToDouble(b);
+    const Doubles dy64 = ToDouble(dy);
+    const double s = static_cast<double>(kScaling);
+    const Doubles hidden = Product(x64, Transposed(a64, r, i), t, i, r);
+    Doubles y = Product(x64, Transposed(w64, o, i), t, i, o);
+    Add(&y, Product(hidden, Transposed(b64, o, r), t, r, o), s);
+    for (Index n = 0; n < t * o; ++n) y[Size(n)] += static_cast<double>(bias[Size(n % o)]);
+    const Doubles dhidden = Product(dy64, b64, t, o, r);
+    Doubles dx = Product(dy64, w64, t, o, i);
+    Add(&dx, Product(dhidden, a64, t, r, i), s);
+    Doubles da(a.size(), 0.0), db(b.size(), 0.0);
+    Add(&da, Product(Transposed(dhidden, t, r), x64, r, t, i), s);
+    Add(&db, Product(Transposed(dy64, t, o), hidden, o, t, r), s);
+    const std::string where = Describe(name, shape, threads);
+    ExpectClose(out.y, y, where + " y");
+    ExpectClose(out.dx, dx, where + " dx");
+    ExpectClose(out.da, da, where + " da");
+    ExpectClose(out.db, db, where + " db");
+  }
+
+  static constexpr float kScaling = 2.0f;
+  LinearShape shape;
+  Floats x, w, bias, a, b, dy, panels;
+};
+
+void TestLayerMatchesPlainLoops() {
+  for (const Index tokens : {1, 7, 33, 97}) {
+    for (const Index in_features : {1, 7, 97}) {
+      for (const Index out_features : {1, 17, 97}) {
+        for (const Index rank : {0, 1, 3, 16, 33}) {
+          const Layer layer({tokens, in_features, out_features, rank});
+          layer.Check(layer.Run(1), "layer", 1);
+        }
+      }
+    }
+  }
+  const Layer deep({40, 1100, 33, 8});  // More than two blocks of depth.
+  deep.Check(deep.Run(1), "layer", 1);
+  const Layer long_run({600, 40, 33, 17});  // More than two blocks of tokens.
+  long_run.Check(long_run.Run(1), "layer", 1);
+}
+
+void TestThreadsDoNotChangeABit() {
+  for (const LinearShape& shape : {LinearShape{16, 384, 384, 16}, LinearShape{301, 97, 161, 17},
+                                   LinearShape{700, 96, 100, 8}}) {
+    const Layer layer(shape);
+    const Outputs one = layer.Run(1);
+    layer.Check(one, "threads", 1);
+    for (const int threads : {2, 3, 5}) {
+      const Outputs many = layer.Run(threads);
+      if (many.y != one.y || many.hidden != one.hidden || many.dx != one.dx || many.da != one.da ||
+          many.db != one.db) {
+        Fail(Describe("bits differ", shape, threads));
+      }
+    }
+  }
+}
+
+void TestImportanceMatchesPlainLoops() {
+  for (const LinearShape& shape : {LinearShape{1, 1, 1, 1}, LinearShape{1, 97, 33, 3},
+                                   LinearShape{1, 31, 130, 17}, LinearShape{1, 300, 200, 8}}) {
+    const auto [t, i, o, r] = shape;
+    const Layer layer(shape);
+    const Floats da = Draw(r * i, 7), db = Draw(o * r, 8);
+    const Doubles a64 = ToDouble(layer.a), b64 = ToDouble(layer.b);
+    Doubles gradient = Product(ToDouble(db), a64, o, r, i);
+    Add(&gradient, Product(b64, ToDouble(da), o, r, i), 1);
+    Add(&gradient, Product(ToDouble(db), ToDouble(da), o, r, i), -1);
+    Doubles weight = ToDouble(layer.w);
+    Add(&weight, Product(b64, a64, o, r, i), static_cast<double>(Layer::kScaling));
+    Doubles rows(Size(o), 0.0), columns(Size(i), 0.0);
+    for (Index n = 0; n < o * i; ++n) {
+      const double score = std::fabs(gradient[Size(n)] * weight[Size(n)]);
+      rows[Size(n / i)] += score;
+      columns[Size(n % i)] += score;
+    }
+    Floats first;
+    for (const bool by_output : {true, false}) {
+      for (const int threads : {1, 2, 3}) {
+        const fedspine::KernelTable& kernels = fedspine::Kernels();
+        const Scratch scratch(kernels.importance_scratch(shape));
+        Floats out(Size(by_output ? o : i));
+        kernels.importance({shape, layer.panels.data(), layer.a.data(), layer.b.data(), da.data(),
+                            db.data(), Layer::kScaling, by_output, out.data(), threads},
+                           scratch.get());
+        ExpectClose(out, by_output ? rows : columns, Describe("importance", shape, threads));
+        if (threads == 1) first = out;
+        if (out != first) Fail(Describe("importance bits differ", shape, threads));
+      }
+    }
+  }
+}
+
+void TestGatherAndPack() {
+  const Floats matrix = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};  // [3, 4]
+  const std::vector<std::int64_t> rows = {0, 2}, columns = {1, 3};
+  Floats out(4);
+  fedspine::Gather({matrix.data(), 4, rows.data(), columns.data(), 2, 2}, out.data(), 1);
+  if (out != Floats{1, 3, 9, 11}) Fail("gather");
+  Floats panels(2 * fedspine::kPanelWidth, -1.0f);
+  fedspine::PackWeight({matrix.data(), 4, rows.data(), columns.data(), 2, 2}, panels.data(), 1);
+  if (panels[0] != 1 || panels[1] != 9 || panels[2] != 0 || panels[32] != 3 || panels[33] != 11) {
+    Fail("pack");
+  }
+  const Floats weight = Draw(333 * 500, 9);
+  Floats back(weight.size());
+  fedspine::UnpackWeight(Pack(weight, 333, 500).data(), 333, 500, back.data(), 2);
+  if (back != weight) Fail("unpack");
+}
+
+}  // namespace
+
+int main() {
+  TestGatherAndPack();
+  for (const fedspine::KernelTable* const* table = fedspine::AvailableKernels(); *table != nullptr;
+       ++table) {
+    if (!fedspine::UseKernels((*table)->name)) Fail("cannot be chosen");
+    TestLayerMatchesPlainLoops();
+    TestThreadsDoNotChangeABit();
+    TestImportanceMatchesPlainLoops();
+    std::printf("%s done\n", (*table)->name);
+  }
+  if (fedspine::UseKernels("abacus")) Fail("an unknown target was taken");
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
