@@ -46,6 +46,13 @@ FEDSPINE_INLINE void Accumulate(const Product& product, V (&sum)[kRows][kVectors
   const float* b = product.b;
   for (Index left = product.depth; left > 0; left -= kPanelWidth) {
     const float* const a_end = a + Min(left, kPanelWidth);
+    if (left > kPanelWidth) {  // The next panel is far away where a is a packed weight.
+      FEDSPINE_UNROLL(16)
+      for (int row = 0; row < kRows; ++row) {
+        Prefetch(a + product.a_panel_stride + row * kPanelWidth);
+        Prefetch(a + product.a_panel_stride + row * kPanelWidth + kPanelWidth / 2);
+      }
+    }
     for (const float* a_k = a; a_k < a_end; ++a_k) {
       V b_row[kVectors];
       FEDSPINE_UNROLL(16)

@@ -9,12 +9,12 @@ namespace fedspine {
 namespace FEDSPINE_TARGET {
 namespace {
 
-constexpr Index kForwardTokens =
-    9 * kTileRows;                      // Tokens a block of x spans in the second-level cache.
-constexpr Index kForwardDepth = 512;    // Its columns.
-constexpr Index kBackwardTokens = 128;  // Most tokens of a transposed block of dy.
-constexpr Index kBackwardFloats = 192 * 1024;  // Floats that block should stay within.
-constexpr Index kUpdateTokens = 256;           // Tokens of one pass over dA and dB.
+// Block sizes: a block of x or dy stays within half a megabyte of second-level cache beside a
+// panel.
+constexpr Index kForwardTokens = RoundUp(64, kTileRows);
+constexpr Index kBackwardTokens = 128;
+constexpr Index kBlockDepth = 1024;   // Of either; longer sums return to their tile once a block.
+constexpr Index kUpdateTokens = 256;  // Tokens of one pass over dA and dB.
 
 // How the parts of a call share its work: by tokens, and when tokens are few also by features.
 struct Grid {
@@ -47,6 +47,17 @@ struct ScratchCursor {
   }
 };
 
+// A block of tokens times a block of the depth, for a range of the features that are computed.
+struct Block {
+  Range tokens;
+  Range depth;
+  Range features;
+  bool first;  // The first block of the depth starts from nothing or the bias;
+  bool last;   // the last adds the low-rank pair.
+};
+
+constexpr Index NumBlocks(Index size, Index block) { return (size + block - 1) / block; }
+
 // --- Forward
 // ---------------------------------------------------------------------------------------
 
@@ -66,7 +77,7 @@ inline ForwardScratch LayOutForward(const LinearShape& shape, float* scratch) {
   layout.b_panels = cursor.Take(PanelFloats(shape.out_features, shape.rank));
   layout.parts = cursor.Take(0);
   layout.shared_floats = cursor.taken;
-  layout.hidden_offset = kForwardTokens * kForwardDepth;
+  layout.hidden_offset = kForwardTokens * kBlockDepth;
   layout.part_floats = RoundUp(layout.hidden_offset + PanelFloats(shape.rank, kForwardTokens), 16);
   return layout;
 }
@@ -76,18 +87,8 @@ inline Index LoraLinearForwardScratch(const LinearShape& shape, int num_threads)
   return layout.shared_floats + num_threads * layout.part_floats;
 }
 
-// One block of tokens times one block of the depth.
-struct ForwardBlock {
-  Range tokens;
-  Range depth;
-  Range outputs;
-  bool
-      first;  // The first block of the depth starts from the bias, the last adds the low-rank pair.
-  bool last;
-};
-
 // Packs the block's x: tile by tile, [tile][depth / 32][rows][32].
-inline void PackForwardBlock(const LoraLinearForwardArgs& args, const ForwardBlock& block,
+inline void PackForwardBlock(const LoraLinearForwardArgs& args, const Block& block,
                              float* x_panels) {
   const Index in_features = args.shape.in_features;
   const Index num_tokens = block.tokens.end - block.tokens.begin;
@@ -104,7 +105,7 @@ inline void PackForwardBlock(const LoraLinearForwardArgs& args, const ForwardBlo
   }
 }
 
-inline Product ForwardProduct(const ForwardBlock& block, Range rows, const float* x_panels,
+inline Product ForwardProduct(const Block& block, Range rows, const float* x_panels,
                               const float* panel) {
   const Index num_depth = block.depth.end - block.depth.begin;
   return {x_panels + rows.begin * RoundUp(num_depth, kPanelWidth),
@@ -114,7 +115,7 @@ inline Product ForwardProduct(const ForwardBlock& block, Range rows, const float
 
 // hidden = s x A^T for the block's tokens, as panels [R / 32][tokens][32].
 inline void ForwardHidden(const LoraLinearForwardArgs& args, const ForwardScratch& scratch,
-                          const ForwardBlock& block, const float* x_panels, float* hidden) {
+                          const Block& block, const float* x_panels, float* hidden) {
   const Index num_tokens = block.tokens.end - block.tokens.begin;
   for (Index r = 0; r < args.shape.rank; r += kTileColumns) {
     const Index panel = r / kPanelWidth;
@@ -136,10 +137,10 @@ inline void ForwardHidden(const LoraLinearForwardArgs& args, const ForwardScratc
 }
 
 inline void ForwardOutputs(const LoraLinearForwardArgs& args, const ForwardScratch& scratch,
-                           const ForwardBlock& block, const float* x_panels, const float* hidden) {
+                           const Block& block, const float* x_panels, const float* hidden) {
   const LinearShape& shape = args.shape;
   const Index num_tokens = block.tokens.end - block.tokens.begin;
-  for (Index o = block.outputs.begin; o < block.outputs.end; o += kTileColumns) {
+  for (Index o = block.features.begin; o < block.features.end; o += kTileColumns) {
     const Index first = o / kPanelWidth * kPanelWidth;  // Of the panel.
     for (Index tile = 0; tile < NumTiles(num_tokens); ++tile) {
       const Range rows = TileRange(num_tokens, tile);
@@ -175,15 +176,14 @@ inline void ForwardPart(const LoraLinearForwardArgs& args, const ForwardScratch&
   const Range tokens = PartRange(shape.tokens, 1, token_part, grid.token_parts);
   const Range outputs =
       PartRange(shape.out_features, kPanelWidth, feature_part, grid.feature_parts);
-  const Index token_blocks = (tokens.end - tokens.begin + kForwardTokens - 1) / kForwardTokens;
-  const Index depth_blocks = (shape.in_features + kForwardDepth - 1) / kForwardDepth;
+  const Index token_blocks = NumBlocks(tokens.end - tokens.begin, kForwardTokens);
+  const Index depth_blocks = NumBlocks(shape.in_features, kBlockDepth);
   for (Index t = 0; t < token_blocks; ++t) {
     const Range block = PartRange(tokens.end - tokens.begin, 1, t, token_blocks);
     const Range block_tokens = {tokens.begin + block.begin, tokens.begin + block.end};
     for (Index d = 0; d < depth_blocks; ++d) {
-      const ForwardBlock step = {block_tokens,
-                                 PartRange(shape.in_features, kPanelWidth, d, depth_blocks),
-                                 outputs, d == 0, d + 1 == depth_blocks};
+      const Block step = {block_tokens, PartRange(shape.in_features, kPanelWidth, d, depth_blocks),
+                          outputs, d == 0, d + 1 == depth_blocks};
       PackForwardBlock(args, step, x_panels);
       ForwardHidden(args, scratch, step, x_panels, hidden);
       ForwardOutputs(args, scratch, step, x_panels, hidden);
@@ -213,17 +213,18 @@ inline void LoraLinearForward(const LoraLinearForwardArgs& args, float* scratch_
 // --------------------------------------------------------------------------------------
 
 struct BackwardScratch {
-  float* a_panels;  // A transposed: [R / 32][I][32]
-  float* b_panels;  // B transposed: [O / 32][R][32]
-  float* dhidden;   // s B^T dy^T: [T / 32][R][32]
-  float* hidden;    // The forward's, transposed: [T / 32][R][32]
-  float* dlora_b;   // Transposed: [R, O]
-  float* parts;     // For each part: a block of dy^T [tokens / 32][O][32], its dhidden, a strip.
+  float* a_panels;      // A transposed: [R / 32][I][32]
+  float* b_panels;      // B transposed: [O / 32][R][32]
+  float* dhidden;       // s B^T dy^T: [T / 32][R][32]
+  float* hidden;        // The forward's, transposed: [T / 32][R][32]
+  float* dlora_b;       // Transposed: [R, O]
+  float* parts;         // For each part: a block of dy^T [tokens / 32][depth][32], then
   Index shared_floats;  // All that stands before the parts.
   Index part_floats;
-  Index dhidden_offset;
-  Index strip_offset;  // [kUpdateTokens][32]
-  Index block_tokens;
+  Index dhidden_offset;  // its share of dhidden,
+  Index
+      partial_offset;  // unfinished dx^T [tokens / 32][I][32] when the depth takes several blocks,
+  Index strip_offset;  // a strip [kUpdateTokens][32].
 };
 
 inline BackwardScratch LayOutBackward(const LinearShape& shape, float* scratch) {
@@ -236,10 +237,11 @@ inline BackwardScratch LayOutBackward(const LinearShape& shape, float* scratch) 
   layout.dlora_b = cursor.Take(shape.rank * shape.out_features);
   layout.parts = cursor.Take(0);
   layout.shared_floats = cursor.taken;
-  layout.block_tokens =
-      RoundUp(Min(kBackwardTokens, kBackwardFloats / shape.out_features + 1), kPanelWidth);
-  layout.dhidden_offset = layout.block_tokens * shape.out_features;
-  layout.strip_offset = layout.dhidden_offset + layout.block_tokens * shape.rank;
+  const Index depth = Min(kBlockDepth, RoundUp(shape.out_features, kPanelWidth));
+  layout.dhidden_offset = kBackwardTokens * depth;
+  layout.partial_offset = layout.dhidden_offset + kBackwardTokens * shape.rank;
+  layout.strip_offset = layout.partial_offset;
+  if (shape.out_features > kBlockDepth) layout.strip_offset += kBackwardTokens * shape.in_features;
   layout.part_floats = RoundUp(layout.strip_offset + kUpdateTokens * kPanelWidth, 16);
   return layout;
 }
@@ -251,46 +253,75 @@ inline Index LoraLinearBackwardScratch(const LinearShape& shape, int num_threads
 
 // dhidden = s B^T dy^T for the tokens of one panel: [R][32].
 inline void BackwardHidden(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
-                           const float* dy_panel, float* dhidden) {
+                           const Block& block, const float* dy_panel, float* dhidden) {
   const Index rank = args.shape.rank;
   for (Index column = 0; column < kPanelWidth; column += kTileColumns) {
     for (Index tile = 0; tile < NumTiles(rank); ++tile) {
       const Range rows = TileRange(rank, tile);
       Tile call = {};
-      call.main = {scratch.b_panels + rows.begin * kPanelWidth, rank * kPanelWidth,
-                   dy_panel + column, kPanelWidth, args.shape.out_features};
-      call.scale = args.scaling;
+      call.main = {scratch.b_panels + block.depth.begin * rank + rows.begin * kPanelWidth,
+                   rank * kPanelWidth, dy_panel + column, kPanelWidth,
+                   block.depth.end - block.depth.begin};
+      call.scale = block.last ? args.scaling : 1;
       call.out = dhidden + rows.begin * kPanelWidth + column;
       call.out_stride = kPanelWidth;
+      call.init = block.first ? nullptr : call.out;
+      call.init_stride = kPanelWidth;
       call.columns = kTileColumns;
       RunTile<false>(rows.end - rows.begin, call);
     }
   }
 }
 
-// dx = dy W + dhidden A for a block of tokens and a range of inputs; tiles hold dx^T.
-inline void BackwardInputs(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
-                           Range tokens, Range inputs, const float* dy_panels,
-                           const float* dhidden) {
+// One tile of dx^T: inputs `rows`, tokens from the block's `t`-th.
+inline void BackwardTile(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
+                         const Block& block, Range rows, Index t, const float* dy_panels,
+                         const float* dhidden, float* partial) {
   const LinearShape& shape = args.shape;
-  const Index num_inputs = inputs.end - inputs.begin;
+  const Index panel = t / kPanelWidth * kPanelWidth;
+  const Index depth = block.depth.end - block.depth.begin;
+  Tile call = {};
+  call.main = {args.panels + block.depth.begin * shape.in_features + rows.begin * kPanelWidth,
+               shape.in_features * kPanelWidth, dy_panels + panel * depth + (t - panel),
+               kPanelWidth, depth};
+  call.scale = 1;
+  call.columns = kTileColumns;
+  call.out = partial + panel * shape.in_features + rows.begin * kPanelWidth + (t - panel);
+  call.out_stride = kPanelWidth;
+  call.init = block.first ? nullptr : call.out;
+  call.init_stride = kPanelWidth;
+  if (!block.last) {
+    RunTile<false>(rows.end - rows.begin, call);
+    return;
+  }
+  call.extra = {scratch.a_panels + rows.begin * kPanelWidth, shape.in_features * kPanelWidth,
+                dhidden + panel * shape.rank + (t - panel), kPanelWidth, shape.rank};
+  call.out = args.dx + (block.tokens.begin + t) * shape.in_features + rows.begin;
+  call.out_stride = shape.in_features;
+  call.columns = Min(kTileColumns, block.tokens.end - block.tokens.begin - t);
+  RunTile<true>(rows.end - rows.begin, call);
+}
+
+// One block of dx = dy W + dhidden A and of dhidden, in the memory of a part.
+inline void BackwardBlock(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
+                          const Block& block, float* part_memory) {
+  const LinearShape& shape = args.shape;
+  const Index num_tokens = block.tokens.end - block.tokens.begin;
+  const Index depth = block.depth.end - block.depth.begin;
+  const Index num_inputs = block.features.end - block.features.begin;
+  float* const dhidden = part_memory + scratch.dhidden_offset;
+  float* const partial = part_memory + scratch.partial_offset;
+  PackTransposed(args.dy + block.tokens.begin * shape.out_features + block.depth.begin,
+                 shape.out_features, num_tokens, depth, part_memory);
+  for (Index panel = 0; panel < num_tokens; panel += kPanelWidth) {
+    BackwardHidden(args, scratch, block, part_memory + panel * depth, dhidden + panel * shape.rank);
+  }
+  if (args.dx == nullptr) return;
   for (Index tile = 0; tile < NumTiles(num_inputs); ++tile) {
     const Range range = TileRange(num_inputs, tile);
-    const Index first = inputs.begin + range.begin;
-    for (Index t = tokens.begin; t < tokens.end; t += kTileColumns) {
-      const Index panel = (t - tokens.begin) / kPanelWidth * kPanelWidth;
-      const Index column = (t - tokens.begin) % kPanelWidth;
-      Tile call = {};
-      call.main = {args.panels + first * kPanelWidth, shape.in_features * kPanelWidth,
-                   dy_panels + panel * shape.out_features + column, kPanelWidth,
-                   shape.out_features};
-      call.extra = {scratch.a_panels + first * kPanelWidth, shape.in_features * kPanelWidth,
-                    dhidden + panel * shape.rank + column, kPanelWidth, shape.rank};
-      call.scale = 1;
-      call.out = args.dx + t * shape.in_features + first;
-      call.out_stride = shape.in_features;
-      call.columns = Min(kTileColumns, tokens.end - t);
-      RunTile<true>(range.end - range.begin, call);
+    const Range rows = {block.features.begin + range.begin, block.features.begin + range.end};
+    for (Index t = 0; t < num_tokens; t += kTileColumns) {
+      BackwardTile(args, scratch, block, rows, t, part_memory, dhidden, partial);
     }
   }
 }
@@ -298,26 +329,24 @@ inline void BackwardInputs(const LoraLinearBackwardArgs& args, const BackwardScr
 inline void BackwardPart(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
                          Grid grid, Index part) {
   const LinearShape& shape = args.shape;
-  float* const dy_panels = scratch.parts + part * scratch.part_floats;
-  float* const dhidden = dy_panels + scratch.dhidden_offset;
+  float* const memory = scratch.parts + part * scratch.part_floats;
   const Index feature_part = part % grid.feature_parts;
   const Range tokens =
       PartRange(shape.tokens, kPanelWidth, part / grid.feature_parts, grid.token_parts);
   const Range inputs = PartRange(shape.in_features, 1, feature_part, grid.feature_parts);
-  for (Index t = tokens.begin; t < tokens.end; t += scratch.block_tokens) {
-    const Range block = {t, Min(t + scratch.block_tokens, tokens.end)};
-    const Index num_tokens = block.end - block.begin;
-    PackTransposed(args.dy + t * shape.out_features, shape.out_features, num_tokens,
-                   shape.out_features, dy_panels);
-    for (Index panel = 0; panel < RoundUp(num_tokens, kPanelWidth); panel += kPanelWidth) {
-      BackwardHidden(args, scratch, dy_panels + panel * shape.out_features,
-                     dhidden + panel * shape.rank);
+  const Index depth_blocks = NumBlocks(shape.out_features, kBlockDepth);
+  for (Index t = tokens.begin; t < tokens.end; t += kBackwardTokens) {
+    const Range block_tokens = {t, Min(t + kBackwardTokens, tokens.end)};
+    for (Index d = 0; d < depth_blocks; ++d) {
+      const Range depth = PartRange(shape.out_features, kPanelWidth, d, depth_blocks);
+      BackwardBlock(args, scratch, {block_tokens, depth, inputs, d == 0, d + 1 == depth_blocks},
+                    memory);
     }
     if (feature_part == 0) {
-      const Index floats = RoundUp(num_tokens, kPanelWidth) * shape.rank;
-      CopyMatrix(dhidden, floats, 1, floats, scratch.dhidden + t * shape.rank, floats);
+      const Index floats = RoundUp(block_tokens.end - t, kPanelWidth) * shape.rank;
+      CopyMatrix(memory + scratch.dhidden_offset, floats, 1, floats,
+                 scratch.dhidden + t * shape.rank, floats);
     }
-    if (args.dx != nullptr) BackwardInputs(args, scratch, block, inputs, dy_panels, dhidden);
   }
 }
 

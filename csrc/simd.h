@@ -49,6 +49,7 @@ constexpr Index RoundUp(Index value, Index unit) { return (value + unit - 1) / u
 
 FEDSPINE_INLINE V Load(const float* from) { return *reinterpret_cast<const UnalignedV*>(from); }
 FEDSPINE_INLINE void Store(V value, float* to) { *reinterpret_cast<UnalignedV*>(to) = value; }
+FEDSPINE_INLINE void Prefetch(const float* from) { __builtin_prefetch(from); }
 FEDSPINE_INLINE V Broadcast(float value) { return value - V{}; }
 FEDSPINE_INLINE V MultiplyAdd(V a, V b, V sum) { return a * b + sum; }
 FEDSPINE_INLINE V Absolute(V value) {

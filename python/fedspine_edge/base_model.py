@@ -202,6 +202,6 @@ def _fresh_parameter(base: BaseModel, name: str, parameter: Tensor, generator: t
 
 
 def base_facts(path: Path) -> dict[str, Any]:
-    """Returns what `fedspine_base.json` says of a base's origin (name, licence, tokenizer source); empty without one."""
+    """Returns what `fedspine_base.json` says of a base's origin; empty where there is none."""
     file = path / "fedspine_base.json"
     return dict(json.loads(file.read_text())) if file.is_file() else {}

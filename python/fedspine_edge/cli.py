@@ -15,7 +15,10 @@ import typer
 from fedspine_edge.errors import FedSpineError
 
 app = typer.Typer(
-    help="Federated fine-tuning that shrinks the model while it learns.", no_args_is_help=True, add_completion=False
+    help="Federated fine-tuning that shrinks the model while it learns.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 
 INTERRUPTED = 130
@@ -48,10 +51,11 @@ def simulate(
 ) -> None:
     """Run a federated fine-tuning of a simulated fleet: real training, virtual clock."""
     # Loading torch takes seconds; `fedspine --help` must not.
+    from fedspine_edge.commands import experiment as run
     from fedspine_edge.commands import simulate as command
 
-    overrides = command.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference)
-    run_dir = command.prepare(experiment, overrides, out=out, resume=resume)
+    overrides = run.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference)
+    run_dir = run.prepare(experiment, overrides, out=out, resume=resume)
     summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)
     typer.echo(command.as_json(summary) if json else command.as_text(summary, run_dir))
 

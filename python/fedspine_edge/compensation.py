@@ -1,7 +1,7 @@
 """What removed members contributed on average, kept as a bias.
 
-Comes in: activations that pass through a model. Goes out: the mean input of each matrix that loses columns, and the bias
-that stands in for the columns removed.
+Comes in: activations that pass through a model. Goes out: the mean input of each matrix that loses columns, and the
+bias that stands in for the columns removed.
 
 Source: FLAP (arXiv 2312.11983), baseline bias compensation, here with running means over a federated run.
 """

@@ -1,7 +1,7 @@
 """Settings: a preset or a TOML file, the environment and the flags -> typed, checked settings.
 
-Comes in: tables of plain values. Goes out: dataclasses. An unknown key is an error that names the nearest known one; the
-defaults stand in the dataclasses and nowhere else.
+Comes in: tables of plain values. Goes out: dataclasses. An unknown key is an error that names the nearest known one;
+the defaults stand in the dataclasses and nowhere else.
 """
 
 from __future__ import annotations

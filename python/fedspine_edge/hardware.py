@@ -5,8 +5,10 @@ Comes in: nothing. Goes out: the CPU's name, cores, memory, and the peak memory 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,3 +58,35 @@ def peak_memory_bytes() -> int:
     """Returns the peak resident memory of this process since the last reset."""
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
+
+
+class MemoryWatch:
+    """The peak memory of this process and all its children together, sampled from a thread; a context manager.
+
+    Shared pages count once a process, so the figure is an upper bound.
+    """
+
+    def __init__(self, interval_seconds: float = 0.5) -> None:
+        self.peak_bytes = 0
+        self._interval = interval_seconds
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-watch", daemon=True)
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        root = psutil.Process()
+        while True:
+            total = 0
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the listing and the reading
+                    total += process.memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, total)
+            if self._over.wait(self._interval):
+                return

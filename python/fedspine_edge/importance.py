@@ -1,7 +1,7 @@
 """LoRA-guided importance: how much the loss would feel the loss of each member.
 
-Comes in: a model whose LoRA factors have gradients. Goes out: one score a member, averaged over iterations. The score of
-an entry is |estimated gradient x merged weight|, where the gradient of the frozen weight is estimated from the LoRA
+Comes in: a model whose LoRA factors have gradients. Goes out: one score a member, averaged over iterations. The score
+of an entry is |estimated gradient x merged weight|, where the gradient of the frozen weight is estimated from the LoRA
 factors' gradients alone; it is summed over the member's rows or columns, normalised within each matrix, and added over
 the matrices that the member couples.
 

@@ -24,20 +24,8 @@ from fedspine_edge.tensor_checks import KeptMatrix, check_kept, check_linear, ch
 if "native" in BACKENDS:
     from fedspine_edge import _native
 
-__all__ = [
-    "PackedWeight",
-    "available_isas",
-    "backend",
-    "gather_columns",
-    "gather_rows",
-    "importance",
-    "isa",
-    "lora_linear",
-    "pack",
-    "unpack",
-    "use_backend",
-    "use_isa",
-]
+__all__ = ["PackedWeight", "gather_columns", "gather_rows", "importance", "lora_linear", "pack", "unpack"]
+__all__ += ["available_isas", "backend", "isa", "use_backend", "use_isa"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,12 +224,8 @@ class _LoraLinear(torch.autograd.Function):
         dx = dy.new_empty((*dy.shape[:-1], packed.in_features)) if needs_x else None
         da = torch.empty_like(lora_a) if needs_a else None
         db = torch.empty_like(lora_b) if needs_b else None
-        rank = 0 if lora_a is None else lora_a.shape[0]
         _native.lora_linear_backward(
-            dy.numel() // packed.out_features,
-            packed.in_features,
-            packed.out_features,
-            rank,
+            *_sizes(packed, dy.numel() // packed.out_features, lora_a),
             dy.data_ptr(),
             _address(x),
             packed.panels.data_ptr(),
@@ -250,8 +234,8 @@ class _LoraLinear(torch.autograd.Function):
             _address(hidden),
             ctx.layer.scaling,
             _address(dx),
-            _address(da if rank else None),
-            _address(db if rank else None),
+            _address(da),
+            _address(db),
             torch.get_num_threads(),
         )
         dbias = dy.reshape(-1, packed.out_features).sum(0) if needs_bias else None
@@ -273,10 +257,7 @@ def _forward(
     bias = _compact(bias)
     y = x.new_empty((*x.shape[:-1], packed.out_features))
     _native.lora_linear_forward(
-        x.numel() // packed.in_features,
-        packed.in_features,
-        packed.out_features,
-        0 if lora_a is None else lora_a.shape[0],
+        *_sizes(packed, x.numel() // packed.in_features, lora_a),
         x.data_ptr(),
         packed.panels.data_ptr(),
         _address(bias),
@@ -288,6 +269,10 @@ def _forward(
         torch.get_num_threads(),
     )
     return y
+
+
+def _sizes(packed: PackedWeight, tokens: int, lora_a: Tensor | None) -> tuple[int, int, int, int]:
+    return tokens, packed.in_features, packed.out_features, 0 if lora_a is None else lora_a.shape[0]
 
 
 def _compact(tensor: Tensor | None) -> Tensor | None:

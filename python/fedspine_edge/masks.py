@@ -1,9 +1,10 @@
 """Scores and a pruning ratio -> which members stay.
 
-Comes in: the server's importance, the device's own, and the ratio asked for. Goes out: `Keep`, for each group the sorted
-members that stay, as int32 in the original numbering. Two modes: `uniform` keeps the same counts in each layer, so that
-stock loaders take the model; `per-layer` ranks the members of a kind over all layers. Kept counts are multiples of the
-group's block and at least one block; the share that goes is never less than the ratio asked for, up to that minimum.
+Comes in: the server's importance, the device's own, and the ratio asked for. Goes out: `Keep`, for each group the
+sorted members that stay, as int32 in the original numbering. Two modes: `uniform` keeps the same counts in each layer,
+so that stock loaders take the model; `per-layer` ranks the members of a kind over all layers. Kept counts are multiples
+of the group's block and at least one block; the share that goes is never less than the ratio asked for, up to that
+minimum.
 
 Source: FedSpine (arXiv 2501.02438), per-device structured pruning; the agreement with the server's ranking is ours.
 """

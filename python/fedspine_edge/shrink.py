@@ -1,8 +1,8 @@
 """Keep indices -> a physically smaller model, LoRA factors and optimiser state included.
 
 Comes in: a model whose prunable linears may be empty shells, a way to read the base weights, and what to keep. Goes
-out: the same model with a `LoRALinear` of the kept rows and columns in each prunable place. What the removed members would
-have contributed on average is added to the bias of the matrix that lost their columns.
+out: the same model with a `LoRALinear` of the kept rows and columns in each prunable place. What the removed members
+would have contributed on average is added to the bias of the matrix that lost their columns.
 
 Source: FedSpine (arXiv 2501.02438), physical removal of heads and channels; FLAP (arXiv 2312.11983), mean compensation.
 """
@@ -129,7 +129,7 @@ def _slice_pair(pair: tuple[Tensor, Tensor], rows: Tensor | None, columns: Tenso
 
 
 def positions_of(layout: Layout, matrix: Matrix, keep: Keep, narrower: Keep) -> tuple[Tensor | None, Tensor | None]:
-    """Returns where the rows and columns of `narrower` stand among those of `keep`; None where the matrix has no group."""
+    """Returns where the rows and columns of `narrower` stand among those of `keep`; None without a group."""
 
     def positions(group: str | None, features: int) -> Tensor | None:
         if group is None:

@@ -1,7 +1,7 @@
 """Models and data sets that ride in installed Python packages, so that nothing is fetched from a model hub.
 
-Comes in: a name such as `smollm2-135m`, or a path of the user's own. Goes out: a model directory, or labelled texts. The
-packages are found through their metadata and never imported. A GGUF base is unpacked once into a cache directory.
+Comes in: a name such as `smollm2-135m`, or a path of the user's own. Goes out: a model directory, or labelled texts.
+The packages are found through their metadata and never imported. A GGUF base is unpacked once into a cache directory.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def unpack_gguf(file: Path, cache: Path, *, facts: dict[str, Any]) -> Path:
     if (target / "fedspine_base.json").is_file():
         return target
     # transformers is slow to import; it is needed only the first time.
-    from safetensors.torch import save_file  # noqa: PLC0415
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def fill(partial: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")

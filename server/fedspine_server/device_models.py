@@ -160,21 +160,25 @@ def compute_seconds(
     return num_steps * base_step_seconds * BOARDS[spec.board].step_time * conditions.slowdown * work
 
 
-def make_specs(num_examples: Sequence[int], *, seed: int, rounds: int, churn: float = 0.0) -> tuple[DeviceSpec, ...]:
-    """Returns a fleet with the paper's mix of boards, one device for each entry.
+def make_specs(
+    num_examples: Sequence[int], *, seed: int, rounds: int, churn: float = 0.0, boards: Sequence[str] | None = None
+) -> tuple[DeviceSpec, ...]:
+    """Returns a fleet, one device for each entry.
 
     Args:
         num_examples: Examples of each device.
         seed: Decides which device is what.
         rounds: Rounds of the run.
         churn: Chance that a device joins or leaves in mid-run; the first device is always there.
+        boards: The board of each device, in an order the seed then changes; the paper's mix when None.
     """
     generator = np.random.default_rng([seed, 3])
-    boards = generator.permutation(_board_names(len(num_examples)))
+    names = _board_names(len(num_examples)) if boards is None else list(boards)
+    shuffled = [names[index] for index in generator.permutation(len(names))]
     groups = generator.permutation(np.arange(len(num_examples)) % len(BANDWIDTH_MEANS))
     specs = []
-    for index, (count, board, group) in enumerate(zip(num_examples, boards, groups, strict=True)):
-        sizes = BOARDS[str(board)].memory_bytes
+    for index, (count, board, group) in enumerate(zip(num_examples, shuffled, groups, strict=True)):
+        sizes = BOARDS[board].memory_bytes
         memory = sizes[int(generator.integers(len(sizes)))]
         changes, joins = generator.random(2) < (churn, 0.5)
         when = int(generator.integers(1, max(2, rounds)))
@@ -182,7 +186,7 @@ def make_specs(num_examples: Sequence[int], *, seed: int, rounds: int, churn: fl
         specs.append(
             DeviceSpec(
                 device_id=f"device-{index:02d}",
-                board=str(board),
+                board=board,
                 num_examples=int(count),
                 memory_bytes=memory,
                 bandwidth_group=int(group),

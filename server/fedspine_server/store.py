@@ -53,11 +53,14 @@ def save(directory: Path, state: RunState) -> Path:
     temporary = directory / f".{path.name}.partial"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _write_synced(temporary, blob)
-        temporary.replace(path)
+        try:
+            _write_synced(temporary, blob)
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         _sync_directory(directory)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _cannot_write(path, len(blob), error) from error
     for old in [*_saved(directory)[NUM_KEPT:], *directory.glob(".round-*.partial")]:
         old.unlink(missing_ok=True)

@@ -100,7 +100,9 @@ def test_a_wrong_mask_is_refused(honest, asked, members, reason):
 
 def test_a_missing_mask_is_refused(honest, asked):
     tensors = {name: array for name, array in honest.tensors.items() if name != "keep/layers.1.ffn"}
-    assert "expected an array keep/layers.1.ffn, found none" in verdict(dataclasses.replace(honest, tensors=tensors), asked)
+    assert "expected an array keep/layers.1.ffn, found none" in verdict(
+        dataclasses.replace(honest, tensors=tensors), asked
+    )
 
 
 def test_kept_members_must_be_among_the_candidates(honest, asked):
@@ -143,4 +145,7 @@ def test_wrong_arrays_are_refused(honest, asked, name, array, reason):
 
 def test_a_missing_factor_is_refused(honest, asked):
     tensors = {name: array for name, array in honest.tensors.items() if name != "lora_b/layers.1.down"}
-    assert verdict(dataclasses.replace(honest, tensors=tensors), asked) == "expected an array lora_b/layers.1.down, found none"
+    assert (
+        verdict(dataclasses.replace(honest, tensors=tensors), asked)
+        == "expected an array lora_b/layers.1.down, found none"
+    )

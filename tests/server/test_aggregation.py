@@ -53,9 +53,11 @@ def by_the_formula(old, parts):
 def test_two_devices_of_unequal_masks_and_ranks_by_hand():
     # Device a: rank 1, keeps row 0 only. Device b: rank 2, keeps both rows.
     a = Contribution("a", 1.0, np.array([[1.0, 2.0]]), np.array([[4.0], [0.0]]), np.array([True, False]))
-    b = Contribution("b", 3.0, np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[8.0, 4.0], [2.0, 6.0]]), np.array([True, True]))
+    b = Contribution(
+        "b", 3.0, np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[8.0, 4.0], [2.0, 6.0]]), np.array([True, True])
+    )
     merged = spine.aggregate(zeros(2, 2, 2), [a, b], facts())
-    # Row 0, component 0: (1*4*[1,2] + 3*8*[1,0]) / 4 = [7, 2]; component 1 by b alone: [0, 4]. Row 1 by b alone: [2, 6].
+    # Row 0: component 0 is (1*4*[1,2] + 3*8*[1,0]) / 4 = [7, 2], component 1 by b alone [0, 4]. Row 1 by b alone.
     np.testing.assert_allclose(product(merged), [[7.0, 6.0], [2.0, 6.0]], atol=1e-5)
 
 
@@ -77,7 +79,9 @@ def test_spine_is_its_formula_for_any_masks_and_ranks(seed, side, num):
         keep_in = generator.random(5) < 0.6 if side in ("in", "both") else None
         rank, weight = int(generator.integers(1, 6)), float(generator.uniform(0.5, 3))
         parts.append(random_part(generator, f"d{index}", rank=rank, weight=weight, keep_out=keep_out, keep_in=keep_in))
-    old = Factors(generator.standard_normal((5, 5)).astype(np.float32), generator.standard_normal((7, 5)).astype(np.float32))
+    old = Factors(
+        generator.standard_normal((5, 5)).astype(np.float32), generator.standard_normal((7, 5)).astype(np.float32)
+    )
     np.testing.assert_allclose(product(spine.aggregate(old, parts, facts())), by_the_formula(old, parts), atol=2e-4)
 
 
@@ -86,7 +90,9 @@ def test_the_order_of_devices_changes_nothing(rule):
     generator = np.random.default_rng(2)
     keep = np.array([True, False, True, True, False, True, True])
     parts = [random_part(generator, f"d{rank}", rank=rank, keep_out=keep if rank == 2 else None) for rank in (3, 1, 2)]
-    old = Factors(generator.standard_normal((4, 5)).astype(np.float32), generator.standard_normal((7, 4)).astype(np.float32))
+    old = Factors(
+        generator.standard_normal((4, 5)).astype(np.float32), generator.standard_normal((7, 4)).astype(np.float32)
+    )
     one, other = AGGREGATIONS[rule](old, parts, facts()), AGGREGATIONS[rule](old, parts[::-1], facts())
     np.testing.assert_array_equal(one.lora_a, other.lora_a)
     np.testing.assert_array_equal(one.lora_b, other.lora_b)
@@ -99,7 +105,9 @@ def test_devices_that_return_what_they_were_given_leave_the_adapter_as_it_is(rul
     ranks = (1, 2, 4) if rule == "spine" else (2, 2, 2)  # zero-padding shrinks what only some devices have
     keep = np.arange(97) % 3 > 0
     parts = [
-        Contribution(f"d{i}", 1.0 + i, old.lora_a[:r].astype(np.float64), old.lora_b[:, :r].astype(np.float64), None, None)
+        Contribution(
+            f"d{i}", 1.0 + i, old.lora_a[:r].astype(np.float64), old.lora_b[:, :r].astype(np.float64), None, None
+        )
         for i, r in enumerate(ranks)
     ]
     masked = Contribution("m", 2.0, parts[0].lora_a, parts[0].lora_b * keep[:, None], keep, None)

@@ -10,7 +10,7 @@ def outcome(name, *, before=2.0, after=1.0, seconds=10.0, norm=1.0, ratio=0.0, l
 
 
 def test_two_devices_by_hand():
-    # Improvements 1 and 3: median 2, relative 0.5 and 1.5. Norms 1 and 2. Ratio grows by 0.05 of 0.1 on the first. 5 and 15 s.
+    # Improvements 1 and 3: median 2, relative 0.5 and 1.5. Norms 1 and 2. The first ratio grows by 0.05 of 0.1.
     result = rewards([outcome("a", seconds=5.0, ratio=0.05), outcome("b", before=4.0, seconds=15.0, norm=2.0)])
     assert result["a"] == pytest.approx((0.5 * 0.25 + 0.25 * 0.5 + 0.25 * 0.5) / 1.5)
     assert result["b"] == pytest.approx((0.5 * 0.75 + 0.25 * 0.0 + 0.25 * 1.0) / 1.5)
@@ -28,7 +28,8 @@ def test_where_the_median_device_got_worse_any_improvement_counts_in_full():
 
 @given(
     st.lists(
-        st.tuples(st.floats(0, 10), st.floats(0, 10), st.floats(1.1, 500), st.floats(0, 50), st.floats(0, 0.7)), min_size=1
+        st.tuples(st.floats(0, 10), st.floats(0, 10), st.floats(1.1, 500), st.floats(0, 50), st.floats(0, 0.7)),
+        min_size=1,
     )
 )
 def test_rewards_stay_in_their_bounds(rows):

@@ -1,8 +1,8 @@
 """A task for a fleet without a neural network: fit low-rank targets by gradient descent on LoRA factors, in numpy.
 
-Two layers of one head group and one FFN group each. Device i wants each matrix to be a low-rank target shared by all plus
-its own deviation; its loss is the squared distance on what it keeps, relative to where it started, plus a price for what
-it pruned. Members differ in importance, so masks matter.
+Two layers of one head group and one FFN group each. Device i wants each matrix to be a low-rank target shared by all
+plus its own deviation; its loss is the squared distance on what it keeps, relative to where it started, plus a price
+for what it pruned. Members differ in importance, so masks matter.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def keep_of(assignment: Assignment, model: Layout) -> dict[str, np.ndarray]:
     for group in model.groups:
         allowed = assignment.tensors[f"keep/{group.name}"]
         scores = np.nan_to_num(assignment.tensors[f"importance/{group.name}"].astype(np.float64))[allowed]
-        count = max(group.block, int(group.num_members * (1 - assignment.pruning_ratio) / group.block + 1e-6) * group.block)
+        count = max(
+            group.block, int(group.num_members * (1 - assignment.pruning_ratio) / group.block + 1e-6) * group.block
+        )
         keep[group.name] = np.sort(allowed[np.argsort(-scores, kind="stable")[:count]]).astype(np.int32)
     return keep
 
@@ -101,7 +103,9 @@ def tune_one(model: Layout, assignment: Assignment, num_examples: int) -> Update
     )
 
 
-def tuner(num_examples: dict[str, int], *, backwards: bool = False) -> Callable[[Sequence[Assignment]], Iterator[Update]]:
+def tuner(
+    num_examples: dict[str, int], *, backwards: bool = False
+) -> Callable[[Sequence[Assignment]], Iterator[Update]]:
     model = layout()
 
     def tune(assignments: Sequence[Assignment]) -> Iterator[Update]:

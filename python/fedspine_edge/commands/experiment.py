@@ -14,11 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fedspine_server import store
-from fedspine_server.arms import schedule_ratio
-from fedspine_server.coordinator import RunState, init
-from fedspine_server.device_models import DeviceSpec, FleetSettings, make_specs
-from fedspine_server.settings import RunSettings
 
 from fedspine_edge.atomic import write_bytes
 from fedspine_edge.base_model import BaseModel, open_base
@@ -31,6 +26,11 @@ from fedspine_edge.masks import choose
 from fedspine_edge.protocol import Layout
 from fedspine_edge.sources import model_directory
 from fedspine_edge.workbench import GlobalModel, Workbench, open_workbench
+from fedspine_server import store
+from fedspine_server.arms import schedule_ratio
+from fedspine_server.coordinator import RunState, init
+from fedspine_server.device_models import DeviceSpec, FleetSettings, make_specs
+from fedspine_server.settings import RunSettings
 
 FORMAT = 1
 EXPERIMENT_FILE = "experiment.json"
@@ -121,7 +121,8 @@ def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, r
     if resume is not None:
         if experiment is not None or overrides != Overrides() or out is not None:
             raise UsageError(
-                "expected --resume DIR alone, found other settings beside it", hint="a run keeps the settings it began with"
+                "expected --resume DIR alone, found other settings beside it",
+                hint="a run keeps the settings it began with",
             )
         read_experiment(resume)
         return resume
@@ -131,7 +132,9 @@ def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, r
     _check(table, experiment)
     run_dir = out or _free_name(Path("runs") / Path(experiment).stem)
     if (run_dir / EXPERIMENT_FILE).exists():
-        raise UsageError(f"expected a new directory, found the run {run_dir}", hint=f"--resume {run_dir}, or another --out")
+        raise UsageError(
+            f"expected a new directory, found the run {run_dir}", hint=f"--resume {run_dir}, or another --out"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -252,7 +255,6 @@ def build_scene(run_dir: Path) -> Scene:
         choices=choices,
         shards={device.device_id: shard for device, shard in zip(devices, shards, strict=True)},
         judged={"validation": encoding.encode(parts.validation), "held_out": encoding.encode(parts.held_out)},
-        state_folder=run_dir / "devices",
     )
     return Scene(
         name=name,

@@ -1,7 +1,8 @@
 """`fedspine simulate`: a federated run of a simulated fleet, its exports and its report.
 
-Comes in: a prepared run directory. Goes out, in that directory: the coordinator's state after each round, `rounds.jsonl`,
-the models, `summary.json` and `report.html`. Killed at any moment, it goes on from the last finished round.
+Comes in: a prepared run directory. Goes out, in that directory: the coordinator's state after each round,
+`rounds.jsonl`, the models, `summary.json` and `report.html`. Killed at any moment, it goes on from the last finished
+round.
 """
 
 from __future__ import annotations
@@ -15,22 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedspine_server import store
-from fedspine_server.coordinator import RunState, adapter_sha256
-from fedspine_server.fleet import Watchers, run_fleet
-from fedspine_server.settings import RunSettings
-
 from fedspine_edge.atomic import write_bytes
 from fedspine_edge.checkpoint import save_pruned
 from fedspine_edge.commands.experiment import Scene, build_scene, global_model, last_state
 from fedspine_edge.commands.judgement import ModelFiles, judge_files
 from fedspine_edge.commands.workers import Workers
-from fedspine_edge.hardware import this_machine, usable_cores
+from fedspine_edge.hardware import MemoryWatch, this_machine, usable_cores
 from fedspine_edge.live import LiveView
 from fedspine_edge.masks import kept_counts
 from fedspine_edge.report import write_report
 from fedspine_edge.structure import prunable_parameters
 from fedspine_edge.workbench import GlobalModel
+from fedspine_server import store
+from fedspine_server.coordinator import RunState, adapter_sha256
+from fedspine_server.fleet import run_fleet
+from fedspine_server.settings import RunSettings
 
 SUMMARY_FORMAT = 1
 
@@ -62,7 +62,7 @@ def simulate(run_dir: Path, *, workers: int | None, quiet: bool) -> dict[str, An
         FedSpineError: Model, data or state are not as they must be; what is saved stays.
     """
     start = time.monotonic()
-    with LiveView(quiet=quiet) as live:
+    with LiveView(quiet=quiet) as live, MemoryWatch() as memory:
         live.handle({"kind": "phase", "text": "reading model and data", "total": None, "done": 0})
         scene = build_scene(run_dir)
         with Workers(scene.setup, workers or usable_cores()) as pool:
@@ -71,11 +71,15 @@ def simulate(run_dir: Path, *, workers: int | None, quiet: bool) -> dict[str, An
             dense = _dense_reference(scene, run_dir, pool, live)
         files = _save_models(scene, run_dir, pruned, dense, live)
         judgement = judge_files(scene, files, live)
-        summary = _summary(scene, run_dir, pruned, dense) | judgement | {
-            "accuracy_untuned": untuned,
-            "wall_seconds": time.monotonic() - start,
-            "peak_rss_bytes": max(_peak_bytes(pruned), _peak_bytes(dense)),
-        }
+        summary = (
+            _summary(scene, run_dir, pruned, dense)
+            | judgement
+            | {
+                "accuracy_untuned": untuned,
+                "wall_seconds": time.monotonic() - start,
+                "peak_rss_bytes": memory.peak_bytes,
+            }
+        )
         summary.setdefault("accuracy", pruned.accuracy)
         write_bytes(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         live.handle({"kind": "phase", "text": "writing the report", "total": None, "done": 0})
@@ -107,16 +111,18 @@ def _federate(
         lines = "".join(json.dumps(record) + "\n" for record in state.history)
         write_bytes(rounds_file, lines.encode())
 
-    watchers = Watchers(
-        evaluate=lambda state: pool.accuracy(global_model(state), "validation"),
-        eval_every=scene.experiment.validate_every,
-        save=save,
-        on_event=live.handle,
-    )
     state = last_state(scene, settings, folder)
     tune = functools.partial(pool.tune, state_folder=run_dir / f"devices{suffix}")
-    world = scene.fleet.world(scene.experiment.seed)
-    state = run_fleet(state, scene.devices, tune=tune, fleet=world, watchers=watchers)
+    state = run_fleet(
+        state,
+        scene.devices,
+        tune=tune,
+        evaluate=lambda state: pool.accuracy(global_model(state), "validation"),
+        save=save,
+        on_event=live.handle,
+        eval_every=scene.experiment.validate_every,
+        fleet=scene.fleet.world(scene.experiment.seed),
+    )
     save(state)
     live.handle({"kind": "phase", "text": "accuracy on the held-out rows", "total": None, "done": 0})
     final = global_model(state, pruning_ratio=settings.target_sparsity)
@@ -225,8 +231,8 @@ def _text_lines(summary: Mapping[str, Any], run_dir: Path) -> Iterator[str]:
         speedup = summary["speedup"]
         yield f"llama.cpp  prompt {speedup['prompt']:.2f}x, generation {speedup['generation']:.2f}x the unpruned model"
     yield (
-        f"time       {summary['virtual_seconds']:.0f} virtual seconds on the fleet, {summary['wall_seconds']:.0f} s here;"
-        f" peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB"
+        f"time       {summary['virtual_seconds']:.0f} virtual seconds on the fleet,"
+        f" {summary['wall_seconds']:.0f} s here; peak memory {summary['peak_rss_bytes'] / 2**30:.2f} GiB"
     )
     yield f"report     {run_dir / 'report.html'}"
     if summary["llama_cli"]:

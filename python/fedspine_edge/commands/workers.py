@@ -1,7 +1,7 @@
 """Worker processes that do the devices' rounds of a simulated fleet, each with the base model loaded once.
 
-Comes in: assignments, or the global model to be judged. Goes out: updates, or a count of right answers. Each task runs on
-one thread, so that the result does not depend on how many workers there are.
+Comes in: assignments, or the global model to be judged. Goes out: updates, or a count of right answers. Each task runs
+on one thread, so that the result does not depend on how many workers there are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from fedspine_edge.device import run_round
 from fedspine_edge.errors import MemoryLimitError, TuningError
 from fedspine_edge.protocol import Assignment, Update
 from fedspine_edge.workbench import GlobalModel, Workbench, num_correct, open_workbench
-
 
 logger = logging.getLogger(__name__)
 

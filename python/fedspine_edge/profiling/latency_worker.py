@@ -54,7 +54,7 @@ def time_prompt(session: LlamaSession, tokens: list[int]) -> dict[str, Any]:
 
 
 def time_generation(session: LlamaSession, tokens: list[int]) -> dict[str, Any]:
-    """Returns wall and CPU seconds of tokens decoded one by one, and the seconds of each."""
+    """Returns wall and CPU seconds of tokens decoded one by one, and the wall seconds of each."""
     session.clear()
     each = []
     wall, cpu = time.perf_counter(), time.process_time()

@@ -22,19 +22,20 @@ TimingState = dict[str, Any]
 PRIOR_WORK = (0.2, 0.7, 0.1)  # constant part, part that pruning removes, LoRA at rank 16; relative to an unpruned step
 PRIOR_DEVIATION = 0.1
 NOISE_DEVIATION = 0.2
+DISCOUNT = 0.95  # a round; the first observations were made against factors a_i that were not settled yet
 GAIN, SURPRISED_GAIN, SURPRISE = 0.3, 0.9, 0.3
 CAUTIOUS_QUANTILE = 0.75  # a device not seen before is taken to be slower than most
 
 
 def init() -> TimingState:
     """Returns the state before any observation."""
-    precision = np.eye(3) / PRIOR_DEVIATION**2
-    return {"precision": precision.tolist(), "moment": (precision @ PRIOR_WORK).tolist(), "devices": {}}
+    return {"evidence": np.zeros((3, 3)).tolist(), "moment": [0.0, 0.0, 0.0], "devices": {}}
 
 
 def work(state: TimingState, ratios: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """Returns the relative time of a step of each arm, float64 [K]."""
-    coefficients = np.linalg.solve(np.array(state["precision"]), np.array(state["moment"]))
+    prior = np.eye(3) / PRIOR_DEVIATION**2
+    coefficients = np.linalg.solve(prior + state["evidence"], prior @ PRIOR_WORK + state["moment"])
     return np.asarray(_features(ratios, ranks) @ np.maximum(coefficients, (0.05, 0.0, 0.0)))
 
 
@@ -51,7 +52,7 @@ def seconds_of(state: TimingState, device_id: str) -> tuple[float, float] | None
 
 def observe(state: TimingState, outcomes: Sequence[Outcome]) -> TimingState:
     """Returns the state after a round; outcomes without timings change nothing."""
-    precision, moment = np.array(state["precision"]), np.array(state["moment"])
+    evidence, moment = DISCOUNT * np.array(state["evidence"]), DISCOUNT * np.array(state["moment"])
     devices = dict(state["devices"])
     for outcome in sorted(outcomes, key=lambda outcome: outcome.device_id):
         if not outcome.compute_seconds or not outcome.transfer_seconds or not outcome.transfer_bytes:
@@ -63,13 +64,13 @@ def observe(state: TimingState, outcomes: Sequence[Outcome]) -> TimingState:
         if last is None:
             devices[outcome.device_id] = [per_work, per_byte]
             continue
-        if abs(math.log(per_work / last[0])) <= SURPRISE:
-            features = _features(ratios, ranks)[0]
-            observed = outcome.compute_seconds / outcome.num_steps / last[0]
-            precision += np.outer(features, features) / NOISE_DEVIATION**2
-            moment += features * observed / NOISE_DEVIATION**2
+        # Clipped, so that a change of power mode does not pass for an effect of the arm.
+        observed = float(np.clip(per_work / last[0], math.exp(-SURPRISE), math.exp(SURPRISE)))
+        features = _features(ratios, ranks)[0]
+        evidence += np.outer(features, features) / NOISE_DEVIATION**2
+        moment += features * observed * float(work(state, ratios, ranks)[0]) / NOISE_DEVIATION**2
         devices[outcome.device_id] = [_follow(last[0], per_work), _follow(last[1], per_byte)]
-    return {"precision": precision.tolist(), "moment": moment.tolist(), "devices": devices}
+    return {"evidence": evidence.tolist(), "moment": moment.tolist(), "devices": devices}
 
 
 def _features(ratios: np.ndarray, ranks: np.ndarray) -> np.ndarray:
