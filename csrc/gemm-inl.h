@@ -40,12 +40,26 @@ struct Tile {
   Index columns;  // At most the tile's vectors; memory beyond is neither read nor written.
 };
 
+// sum[row] += a_value(row) * b: one step of the depth.
+template <int kRows, int kVectors, typename AValue>
+FEDSPINE_INLINE void AccumulateStep(const float* b, const AValue& a_value,
+                                    V (&sum)[kRows][kVectors]) {
+  V b_row[kVectors];
+  FEDSPINE_UNROLL(16)
+  for (int v = 0; v < kVectors; ++v) b_row[v] = Load(b + v * kLanes);
+  FEDSPINE_UNROLL(16)
+  for (int row = 0; row < kRows; ++row) {
+    const V a_row = Broadcast(a_value(row));
+    FEDSPINE_UNROLL(16)
+    for (int v = 0; v < kVectors; ++v) sum[row][v] = MultiplyAdd(a_row, b_row[v], sum[row][v]);
+  }
+}
+
 template <int kRows, int kVectors>
 FEDSPINE_INLINE void Accumulate(const Product& product, V (&sum)[kRows][kVectors]) {
   const float* a = product.a;
   const float* b = product.b;
   for (Index left = product.depth; left > 0; left -= kPanelWidth) {
-    const float* const a_end = a + Min(left, kPanelWidth);
     if (left > kPanelWidth) {  // The next panel is far away where a is a packed weight.
       FEDSPINE_UNROLL(16)
       for (int row = 0; row < kRows; ++row) {
@@ -53,19 +67,22 @@ FEDSPINE_INLINE void Accumulate(const Product& product, V (&sum)[kRows][kVectors
         Prefetch(a + product.a_panel_stride + row * kPanelWidth + kPanelWidth / 2);
       }
     }
-    for (const float* a_k = a; a_k < a_end; ++a_k) {
-      V b_row[kVectors];
+    const float* a_k = a;
+    const float* const a_end = a + Min(left, kPanelWidth);
+#if defined(__aarch64__)
+    // FMLA takes a lane of a vector: one load of a row serves four steps.
+    for (; a_end - a_k >= kLanes; a_k += kLanes) {
+      V a_rows[kRows];
       FEDSPINE_UNROLL(16)
-      for (int v = 0; v < kVectors; ++v) b_row[v] = Load(b + v * kLanes);
-      b += product.b_stride;
-      FEDSPINE_UNROLL(16)
-      for (int row = 0; row < kRows; ++row) {
-        const V a_value = Broadcast(a_k[row * kPanelWidth]);
-        FEDSPINE_UNROLL(16)
-        for (int v = 0; v < kVectors; ++v) {
-          sum[row][v] = MultiplyAdd(a_value, b_row[v], sum[row][v]);
-        }
+      for (int row = 0; row < kRows; ++row) a_rows[row] = Load(a_k + row * kPanelWidth);
+      FEDSPINE_UNROLL(4)
+      for (int lane = 0; lane < kLanes; ++lane, b += product.b_stride) {
+        AccumulateStep(b, [&](int row) { return a_rows[row][lane]; }, sum);
       }
+    }
+#endif
+    for (; a_k < a_end; ++a_k, b += product.b_stride) {
+      AccumulateStep(b, [&](int row) { return a_k[row * kPanelWidth]; }, sum);
     }
     a += product.a_panel_stride;
   }

@@ -5,9 +5,8 @@
 #ifndef FEDSPINE_CSRC_IMPORTANCE_INL_H_
 #define FEDSPINE_CSRC_IMPORTANCE_INL_H_
 
-#include "gemm-inl.h"
+#include "blocking-inl.h"
 #include "importance.h"
-#include "lora_linear-inl.h"
 
 namespace fedspine {
 namespace FEDSPINE_TARGET {

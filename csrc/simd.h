@@ -37,7 +37,7 @@ typedef float UnalignedV __attribute__((vector_size(FEDSPINE_LANES * 4), aligned
 constexpr int kTileRows = 14;
 constexpr int kTileVectors = 2;
 #elif defined(__aarch64__)
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 5;
 constexpr int kTileVectors = 4;
 #else
 constexpr int kTileRows = 6;

@@ -1,7 +1,8 @@
 // The body of every target's translation unit: its namespace, its lanes, its table.
 #include "importance-inl.h"
 #include "isa.h"
-#include "lora_linear-inl.h"
+#include "lora_linear_backward-inl.h"
+#include "lora_linear_forward-inl.h"
 
 #define FEDSPINE_STRING(text) #text
 #define FEDSPINE_NAME(target) FEDSPINE_STRING(target)

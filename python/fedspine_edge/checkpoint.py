@@ -112,8 +112,6 @@ def load_pruned(path: Path) -> nn.Module:
     document = read_prune_file(path)
     tensors = load_file(path / "model.safetensors")
     decoder = base.family.task == "decoder"
-    if not decoder:
-        base.config.num_labels = len(tensors[f"{base.family.task_head[-1]}.bias"])
     auto_class = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):
         model = auto_class.from_config(base.config, dtype=torch.float32)

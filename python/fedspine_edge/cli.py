@@ -6,13 +6,14 @@ Exit codes: 0 ok, 1 failure, 2 usage, 3 verification or gate failed, 4 not enoug
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedspine_edge.errors import FedSpineError
+from fedspine_edge.errors import FedSpineError, InterruptedRunError
 
 app = typer.Typer(
     help="Federated fine-tuning that shrinks the model while it learns.",
@@ -20,8 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-INTERRUPTED = 130
 
 
 @app.callback()
@@ -56,27 +55,27 @@ def simulate(
 
     overrides = run.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference)
     run_dir = run.prepare(experiment, overrides, out=out, resume=resume)
-    summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)
+    try:
+        summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "interrupted; the last finished round is saved", hint=f"go on with: fedspine simulate --resume {run_dir}"
+        ) from None
     typer.echo(command.as_json(summary) if json else command.as_text(summary, run_dir))
 
 
 def main() -> None:
     """Runs the program and turns errors into one line, a hint and an exit code."""
+    # numpy's threads would spin on the workers' cores, and a sum's order would depend on how many there are.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Spinning OpenMP threads make every barrier of a busy machine cost milliseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        app(standalone_mode=False)
+        app()
     except FedSpineError as error:
         if "--debug" in sys.argv:
             raise
-        _complain(str(error), error.hint)
+        typer.echo(f"error: {error}", err=True)
+        if error.hint:
+            typer.echo(f"hint: {error.hint}", err=True)
         raise SystemExit(error.exit_code) from None
-    except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; the last finished round is saved", "go on with: fedspine simulate --resume DIR")
-        raise SystemExit(INTERRUPTED) from None
-    except typer.Exit as error:
-        raise SystemExit(error.exit_code) from None
-
-
-def _complain(message: str, hint: str | None) -> None:
-    typer.echo(f"error: {message}", err=True)
-    if hint:
-        typer.echo(f"hint: {hint}", err=True)

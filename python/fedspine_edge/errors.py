@@ -62,3 +62,9 @@ class IncompatibleError(FedSpineError):
     """A model, an adapter or a message of a kind, a base or a version this program does not take (exit code 6)."""
 
     exit_code = 6
+
+
+class InterruptedRunError(FedSpineError):
+    """The user stopped the program; what was finished is saved (exit code 130)."""
+
+    exit_code = 130

@@ -192,8 +192,7 @@ def importance(
     check_tensor("grad_b", grad_b, lora_b.shape)
     factors = [tensor.detach().contiguous() for tensor in (lora_a, lora_b, grad_a, grad_b)]
     if backend() == "reference":
-        names = ("lora_a", "lora_b", "grad_a", "grad_b")
-        named = dict(zip(names, factors, strict=True))
+        named = dict(zip(("lora_a", "lora_b", "grad_a", "grad_b"), factors, strict=True))
         return reference.importance(unpack(packed), scaling=scaling, axis=axis, **named)
     scores = torch.empty(packed.out_features if axis == "out" else packed.in_features)
     a, b, da, db = (factor.data_ptr() for factor in factors)
@@ -293,9 +292,8 @@ def _gather_plainly(kept: KeptMatrix) -> Tensor:
 
 
 def _call_on_kept(function: Callable[..., None], kept: KeptMatrix, out: Tensor) -> None:
-    keeps = _address(kept.keep_rows), _address(kept.keep_columns)
-    data, stride = kept.matrix.data_ptr(), kept.matrix.stride(0)
-    function(data, stride, *keeps, *kept.shape, out.data_ptr(), torch.get_num_threads())
+    matrix, keeps = kept.matrix, (_address(kept.keep_rows), _address(kept.keep_columns))
+    function(matrix.data_ptr(), matrix.stride(0), *keeps, *kept.shape, out.data_ptr(), torch.get_num_threads())
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -133,9 +133,10 @@ def tune(
                 inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
         inputs.expect(batch.valid if measure and step % MEAN_INPUT_EVERY == 0 else None)
         losses.append(_step(shrunk, batch, optimizer, meter if measure else None))
+    window = max(1, min(LOSS_WINDOW, len(losses) // 2))
     return Tuned(
-        loss_before=float(np.mean(losses[:LOSS_WINDOW])),
-        loss_after=float(np.mean(losses[-LOSS_WINDOW:])),
+        loss_before=float(np.mean(losses[:window])),
+        loss_after=float(np.mean(losses[-window:])),
         importance=meter.scores,
         mean_inputs=inputs.close(shrunk.keep),
     )

@@ -2,12 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from fedspine_edge.batches import Encoding, collate, ordered_batches, training_batches
-from fedspine_edge.data import Example, load_examples, partition, split
-from fedspine_edge.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import questions, tiny_tokenizer
+
+from fedspine_edge.batches import Encoding, collate, ordered_batches, training_batches
+from fedspine_edge.data import Example, load_examples, partition, split
+from fedspine_edge.errors import DataError
 
 ROWS = [Example(*pair) for pair in questions()]
 
@@ -72,13 +73,13 @@ def test_a_file_of_another_kind_is_refused():
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xff\xfe\x00garbage")
-    with pytest.raises(DataError, match="cannot read .* as UTF-8 text"):
+    with pytest.raises(DataError, match=r"cannot read .* as UTF-8 text"):
         load_examples(str(path))
 
 
 def test_a_class_seen_only_once_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [*questions(), ("where is that place ?", "location")])
-    with pytest.raises(DataError, match="expected at least 2 examples of each class .* found 1 of 'location'"):
+    with pytest.raises(DataError, match=r"expected at least 2 examples of each class .* found 1 of 'location'"):
         load_examples(path)
 
 

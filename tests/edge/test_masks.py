@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
-from fedspine_edge.masks import blend, choose, keep_all, kept_counts
-from fedspine_edge.protocol import Group, Layout
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedspine_edge.masks import blend, choose, keep_all, kept_counts
+from fedspine_edge.protocol import Group, Layout
 
 
 def layout(heads: int = 4, ffn: int = 8, block: int = 2, layers: int = 2) -> Layout:
@@ -83,7 +84,12 @@ def test_at_least_the_ratio_goes_and_every_layer_keeps_a_block(ratio, mode, seed
         assert sum(counts) <= max(floor, (1 - ratio) * sum(g.num_members for g in groups) + 1e-4)
 
 
-@given(seed=st.integers(0, 99), low=st.floats(0, 0.9), more=st.floats(0, 0.09), mode=st.sampled_from(["uniform", "per-layer"]))
+@given(
+    seed=st.integers(0, 99),
+    low=st.floats(0, 0.9),
+    more=st.floats(0, 0.09),
+    mode=st.sampled_from(["uniform", "per-layer"]),
+)
 def test_masks_of_the_same_scores_are_nested(seed, low, more, mode):
     plan = layout(heads=5, ffn=24, block=2, layers=3)
     scores = scores_of(plan, seed)

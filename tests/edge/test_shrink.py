@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from tiny import DECODERS, questions
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from fedspine_edge import base_model, workbench
 from fedspine_edge.batches import Encoding, collate
 from fedspine_edge.data import Example
@@ -12,9 +15,6 @@ from fedspine_edge.protocol import expand_members
 from fedspine_edge.shrink import slice_factors
 from fedspine_edge.structure import FAMILIES
 from fedspine_edge.tuning import loss_of
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from tiny import DECODERS, questions
 
 
 def opened(path, family):

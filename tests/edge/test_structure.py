@@ -1,9 +1,9 @@
 import pytest
-from fedspine_edge.errors import IncompatibleError
-from fedspine_edge.structure import FAMILIES, layout_of, matrices_of, measured_sparsity, prunable_parameters
+from tiny import CONFIGS
 from transformers import GPT2Config, LlamaConfig
 
-from tiny import CONFIGS
+from fedspine_edge.errors import IncompatibleError
+from fedspine_edge.structure import FAMILIES, layout_of, matrices_of, measured_sparsity, prunable_parameters
 
 
 def test_an_unknown_family_is_refused_with_the_list_of_known_ones():

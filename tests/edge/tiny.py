@@ -20,7 +20,7 @@ from transformers import (
     RobertaConfig,
 )
 
-WORDS = ["how", "far", "who", "is", "he", "many", "number", "human", "Label", ":", "?", "they", "that", "place", "where"]
+WORDS = "how far who is he many number human Label : ? they that place where".split()
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<cls>"]
 VOCABULARY = {word: index for index, word in enumerate(SPECIAL + WORDS)}
 

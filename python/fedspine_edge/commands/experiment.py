@@ -261,7 +261,7 @@ def build_scene(run_dir: Path) -> Scene:
         experiment=experiment,
         settings=settings,
         fleet=fleet,
-        base=base,
+        base=bench.base,
         layout=bench.layout,
         task_head=_task_head(bench),
         encoding=encoding,

@@ -99,8 +99,6 @@ class Workers:
     def __init__(self, setup: WorkerSetup, num_workers: int) -> None:
         self._setup = setup
         self._num_workers = num_workers
-        # Spinning OpenMP threads of one worker would steal the other's core.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._pool = ProcessPoolExecutor(
             num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(setup,)

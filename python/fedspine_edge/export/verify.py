@@ -6,6 +6,7 @@ A wrong permutation of q/k rows loads and runs, slightly wrong: hence a check on
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedspine_edge.errors import VerificationError
+from fedspine_edge.export.gguf import write_gguf
 from fedspine_edge.export.llama_session import LlamaSession, open_session
 
 BATCH_TOKENS = 512
@@ -48,15 +50,17 @@ class Tolerance:
 
 
 TOLERANCES = {
-    "F32": Tolerance(min_top1=0.995, max_kl=1e-4, max_dlogit=0.02),
-    "F16": Tolerance(min_top1=0.995, max_kl=1e-3, max_dlogit=0.05),
-    "Q8_0": Tolerance(min_top1=0.9, max_kl=0.03),
-    "Q6_K": Tolerance(min_top1=0.9, max_kl=0.05),
-    "Q5_K_M": Tolerance(min_top1=0.85, max_kl=0.1),
-    "Q4_K_M": Tolerance(min_top1=0.75, max_kl=0.3),
-    "Q4_0": Tolerance(min_top1=0.6, max_kl=0.8),
+    "F32": Tolerance(min_top1=0.995, max_kl=1e-5, max_dlogit=0.02),
+    "F16": Tolerance(min_top1=0.98, max_kl=1e-3, max_dlogit=0.5),
+    "Q8_0": Tolerance(min_top1=0.85, max_kl=0.05),
+    "Q6_K": Tolerance(min_top1=0.85, max_kl=0.06),
+    "Q5_K_M": Tolerance(min_top1=0.65, max_kl=0.3),
+    "Q4_K_M": Tolerance(min_top1=0.65, max_kl=0.3),
+    "Q4_0": Tolerance(min_top1=0.4, max_kl=1.2),
 }
-"""By quantisation. Measured on SmolLM2-135M, KL: F16 6e-6, Q8_0 5e-3, Q4_K_M 0.07, Q4_0 0.37."""
+"""By quantisation. SmolLM2-135M, dense and 30 % pruned by activations: largest logit difference at F32 2e-4, F16 0.2;
+KL at F16 3e-5, Q8_0 0.005 to 0.015, Q5_K_M and Q4_K_M 0.07 to 0.2, Q4_0 0.3 to 0.7. One layer's q rows in a wrong
+order: KL 0.16 to 0.24, so formats below Q8_0 can hide such a fault and `prove_structure` is the judge of it."""
 
 
 def llama_logits(
@@ -122,7 +126,7 @@ def check_parity(parity: Parity, quantization: str) -> None:
     if quantization not in TOLERANCES:
         raise ValueError(f"expected a quantisation of {', '.join(TOLERANCES)}, found {quantization!r}")
     tolerance = TOLERANCES[quantization]
-    hint = "the file does not say what the model says: do not ship it"
+    hint = "do not ship this file: take a finer format, or report a fault of the export if F32 fails too"
     if not parity.top1_agreement >= tolerance.min_top1:
         message = (
             f"expected top-1 agreement >= {tolerance.min_top1} at {quantization}, found {parity.top1_agreement:.4f}"
@@ -134,6 +138,38 @@ def check_parity(parity: Parity, quantization: str) -> None:
     if tolerance.max_dlogit is not None and not parity.max_abs_dlogit <= tolerance.max_dlogit:
         message = f"expected logits within {tolerance.max_dlogit} at {quantization}, found {parity.max_abs_dlogit:.3g}"
         raise VerificationError(message, hint=hint)
+
+
+def prove_structure(
+    model_dir: Path,
+    reference: np.ndarray,
+    token_ids: Sequence[int],
+    *,
+    tokenizer_gguf: Path | None = None,
+    num_threads: int = 1,
+) -> Parity:
+    """Returns the parity of a model directory exported as F32 into a temporary folder and removed again.
+
+    At F32 nothing is rounded, so a fault of the export stands out that a coarse format's own loss would hide, and a
+    fragile model that quantises badly is told apart from a wrong file.
+
+    Args:
+        model_dir: The model directory.
+        reference: What the model says after each token, float [T, V].
+        token_ids: The tokens, [T].
+        tokenizer_gguf: As for `write_gguf`.
+        num_threads: Threads.
+
+    Raises:
+        VerificationError: llama.cpp computes something else than the model does.
+    """
+    with tempfile.TemporaryDirectory(prefix=".fedspine-parity-", dir=model_dir.parent) as folder:
+        file = write_gguf(
+            model_dir, Path(folder) / "model.gguf", quantization="F32", name="parity", tokenizer_gguf=tokenizer_gguf
+        )
+        parity = compare_logits(reference, llama_logits(file.path, token_ids, num_threads=num_threads))
+    check_parity(parity, "F32")
+    return parity
 
 
 def classify(

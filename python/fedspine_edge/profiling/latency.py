@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fedspine_edge
-from fedspine_edge.errors import FedSpineError, IncompatibleError
+from fedspine_edge.errors import IncompatibleError
 
 WORKER = "fedspine_edge.profiling.latency_worker"
 
@@ -232,7 +232,7 @@ def _read(path: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
         )
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
-        raise FedSpineError(answer["error"])
+        raise IncompatibleError(answer["error"])
     return answer
 
 

@@ -28,7 +28,7 @@ from fedspine_server.settings import RunSettings
 
 NUM_DEADLINES = 70
 DEADLINE_SMOOTHING = 0.5
-COLD_START_RANK = 8  # the largest rank not above this opens the run
+COLD_START_RANK = 16  # the largest rank not above this opens the run
 COLD_START_STEPS = 0.5  # share of the nominal steps: nothing is known yet, so the fast devices wait for the slow
 LEAST_STEPS, MOST_STEPS = 0.25, 2.0  # shares of the nominal steps
 COVERED_EXAMPLES = 0.9

@@ -19,8 +19,9 @@ import numpy as np
 from fedspine_server.reward import Outcome, relative_improvements
 
 UtilityState = dict[str, Any]
-PRIOR_MEAN = (-0.2, -0.1, 0.5, -0.1, 0.0, 0.75)
-PRIOR_DEVIATION = (0.15, 0.1, 0.15, 0.1, 0.1, 0.1)
+# Rank: at equal scaling MiniLM on TREC-6 took 8 rounds at rank 8 and 4 at rank 32 to 70 %, at rank 2 more than 12.
+PRIOR_MEAN = (-0.2, -0.1, 1.2, -0.3, 0.0, 0.75)
+PRIOR_DEVIATION = (0.15, 0.1, 0.2, 0.1, 0.1, 0.1)
 NOISE_DEVIATION = 0.5
 STEPS_EXPONENT_RANGE = (0.4, 1.0)
 SHRINKAGE = 4.0  # rounds of evidence against which a device's own offset is weighed

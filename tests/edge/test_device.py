@@ -1,0 +1,221 @@
+"""A whole round on a device, and what it keeps between rounds, on tiny models."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import DECODERS, questions, tiny_tokenizer
+
+from fedspine_edge import kernels
+from fedspine_edge.batches import Encoding
+from fedspine_edge.checkpoint import load_device_state, load_pruned, save_device_state, save_pruned
+from fedspine_edge.data import Example
+from fedspine_edge.device import DeviceState, run_round
+from fedspine_edge.errors import CheckpointError, IncompatibleError, TuningError
+from fedspine_edge.lora import fresh_factors
+from fedspine_edge.masks import keep_all
+from fedspine_edge.protocol import Assignment, assignment_from_bytes, to_bytes, update_from_bytes
+from fedspine_edge.structure import FAMILIES
+from fedspine_edge.tuning import predict
+from fedspine_edge.workbench import GlobalModel, load_global, open_workbench
+
+STEPS = 12
+
+
+def opened(path, family):
+    bench = open_workbench(path, sha256=None, num_labels=2, choices=None)
+    if family not in DECODERS:
+        return bench, tokens_of(bench, family)
+    encoding = encoding_of(bench, family)
+    return open_workbench(path, sha256=None, num_labels=2, choices=encoding.choice_tokens()), tokens_of(bench, family)
+
+
+def encoding_of(bench, family):
+    return Encoding(
+        tiny_tokenizer(decoder=family in DECODERS), ("human", "number"), "{text} Label:" if family in DECODERS else None
+    )
+
+
+def tokens_of(bench, family):
+    return encoding_of(bench, family).encode([Example(*pair) for pair in questions()])
+
+
+def assignment_for(bench, **changes):
+    layout = bench.layout
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for matrix in layout.matrices:
+        lora_a, lora_b = fresh_factors(matrix.out_features, matrix.in_features, 4, generator)
+        tensors[f"lora_a/{matrix.name}"] = lora_a.numpy().astype(np.float16)
+        tensors[f"lora_b/{matrix.name}"] = lora_b.numpy().astype(np.float16)
+    for group in layout.groups:
+        tensors[f"keep/{group.name}"] = np.arange(group.num_members, dtype=np.int32)
+        tensors[f"importance/{group.name}"] = np.full(group.num_members, np.nan, dtype=np.float16)
+    parameters = dict(bench.model.named_parameters())
+    for name, _ in layout.task_head:
+        tensors[f"task_head/{name}"] = parameters[name].detach().numpy().copy()
+    plain = Assignment(
+        run_id="run-1", device_id="device-00", round_index=0, base_sha256=layout.base_sha256, pruning_ratio=0.5,
+        rank=4, scaling=2.0, num_steps=STEPS, prune_interval=4, batch_size=6, learning_rate=5e-3, seed=7,
+        mask_agreement=0.7, mask_mode="uniform", revive=True, tensors=tensors,
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_round_lowers_the_loss_and_prunes_to_the_ratio(family, tiny_models):
+    bench, tokens = opened(tiny_models[family], family)
+    assignment = assignment_for(bench, num_steps=40, prune_interval=10)
+    update, state = run_round(bench, assignment, tokens, DeviceState())
+    assert update.report.loss_after < update.report.loss_before
+    assert state.pruning_ratio == 0.5
+    for group in bench.layout.groups:
+        kept = update.tensors[f"keep/{group.name}"]
+        assert len(kept) == group.num_members // 2 // group.block * group.block or len(kept) == group.block
+        measured = np.isfinite(update.tensors[f"importance/{group.name}"])
+        assert np.flatnonzero(measured).tolist() == kept.tolist()
+    for matrix in bench.layout.matrices:
+        lora_b = update.tensors[f"lora_b/{matrix.name}"]
+        out = matrix.out_features
+        if matrix.out_group:
+            members = bench.layout.group(matrix.out_group).num_members
+            out = len(update.tensors[f"keep/{matrix.out_group}"]) * out // members
+        assert lora_b.shape == (out, 4)
+        assert lora_b.dtype == np.float16
+
+
+def test_the_same_round_gives_the_same_update(tiny_models):
+    bench, tokens = opened(tiny_models["llama"], "llama")
+    first, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    again, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    assert all(np.array_equal(first.tensors[n], again.tensors[n], equal_nan=True) for n in first.tensors)
+
+
+def test_native_and_reference_kernels_agree_on_a_round(tiny_models):
+    bench, tokens = opened(tiny_models["qwen2"], "qwen2")
+    native, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    with kernels.use_backend("reference"):
+        plain, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    # float16 on the wire: one unit in the last place of values below 1
+    for name in native.tensors:
+        np.testing.assert_allclose(native.tensors[name], plain.tensors[name], rtol=2e-2, atol=2e-3, err_msg=name)
+
+
+def test_messages_survive_the_wire(tiny_models):
+    bench, tokens = opened(tiny_models["bert"], "bert")
+    assignment = assignment_for(bench)
+    assert assignment_from_bytes(to_bytes(assignment)) == assignment
+    update, _ = run_round(bench, assignment_from_bytes(to_bytes(assignment)), tokens, DeviceState())
+    back = update_from_bytes(to_bytes(update))
+    assert back == update
+    assert all(np.array_equal(back.tensors[n], update.tensors[n], equal_nan=True) for n in update.tensors)
+
+
+def test_an_assignment_for_another_base_is_refused(tiny_models):
+    bench, tokens = opened(tiny_models["llama"], "llama")
+    with pytest.raises(IncompatibleError, match="assignment is for base ffffffffffff, this device has"):
+        run_round(bench, assignment_for(bench, base_sha256="f" * 64), tokens, DeviceState())
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tiny_models):
+    bench, tokens = opened(tiny_models["llama"], "llama")
+    assignment = assignment_for(bench)
+    name = next(iter(n for n in assignment.tensors if n.startswith("lora_b/")))
+    assignment.tensors[name][:] = np.nan
+    with pytest.raises(TuningError, match="expected a finite loss, found nan"):
+        run_round(bench, assignment, tokens, DeviceState())
+
+
+def test_a_device_with_one_example_does_its_round(tiny_models):
+    bench, tokens = opened(tiny_models["distilbert"], "distilbert")
+    update, _ = run_round(bench, assignment_for(bench), tokens.take(np.array([0])), DeviceState())
+    assert update.report.num_examples == 1
+
+
+def world_of(bench, update):
+    """The update as if it were the global adapter."""
+    layout = bench.layout
+    keep = {group.name: update.tensors[f"keep/{group.name}"] for group in layout.groups}
+    generator = torch.Generator().manual_seed(3)
+    factors = {}
+    for matrix in layout.matrices:
+        lora_a, lora_b = fresh_factors(matrix.out_features, matrix.in_features, 4, generator)
+        factors[matrix.name] = (lora_a.numpy(), (torch.randn(lora_b.shape, generator=generator) * 0.05).numpy())
+    task_head = {name: update.tensors[f"task_head/{name}"] for name, _ in layout.task_head}
+    mean_inputs = {
+        name.removeprefix("mean_input/"): value for name, value in update.tensors.items() if "mean_input/" in name
+    }
+    filled = {name: np.nan_to_num(value, nan=0.25) for name, value in mean_inputs.items()}
+    return GlobalModel(keep=keep, factors=factors, task_head=task_head, mean_inputs=filled, scaling=2.0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_saved_pruned_model_says_what_the_shrunk_one_says(family, tiny_models, tmp_path):
+    bench, tokens = opened(tiny_models[family], family)
+    update, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    world = world_of(bench, update)
+    save_pruned(tmp_path / "out", bench.base, bench.layout, world, mode="uniform")
+    loaded = load_pruned(tmp_path / "out")
+    load_global(bench, world)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    with torch.no_grad():
+        expected, found = bench.model(input_ids=ids).logits, loaded(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (predict(loaded, tokens, choices=bench.choices) == predict(bench.model, tokens, choices=bench.choices)).all()
+
+
+def test_a_pruned_directory_of_another_format_is_refused(tiny_models, tmp_path):
+    bench, tokens = opened(tiny_models["llama"], "llama")
+    update, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    save_pruned(tmp_path / "out", bench.base, bench.layout, world_of(bench, update), mode="uniform")
+    file = tmp_path / "out" / "fedspine_prune.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(CheckpointError, match="is format 9, this program reads 1"):
+        load_pruned(tmp_path / "out")
+
+
+def test_an_unpruned_global_model_is_the_merged_base(tiny_models, tmp_path):
+    bench, _ = opened(tiny_models["llama"], "llama")
+    zero = {
+        m.name: (np.ones((2, m.in_features), "f4"), np.zeros((m.out_features, 2), "f4")) for m in bench.layout.matrices
+    }
+    save_pruned(
+        tmp_path / "out",
+        bench.base,
+        bench.layout,
+        GlobalModel(keep_all(bench.layout), zero, {}, {}, 2.0),
+        mode="uniform",
+    )
+    for name in bench.base.files:
+        assert torch.equal(load_pruned(tmp_path / "out").state_dict()[name], bench.base.read(name))
+
+
+def test_a_full_disk_leaves_the_last_model_and_no_litter(tiny_models, tmp_path, monkeypatch):
+    bench, tokens = opened(tiny_models["llama"], "llama")
+    update, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    target = tmp_path / "out"
+    save_pruned(target, bench.base, bench.layout, world_of(bench, update), mode="uniform")
+    before = (target / "model.safetensors").read_bytes()
+
+    def full(*_args, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedspine_edge.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*out: No space left on device"):
+        save_pruned(target, bench.base, bench.layout, world_of(bench, update), mode="uniform")
+    assert (target / "model.safetensors").read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_device_remembers_the_newest_whole_state_of_an_earlier_round(tmp_path):
+    for index in range(4):
+        state = DeviceState(index / 10, {"layers.0.heads": np.array([index, np.nan], dtype=np.float32)})
+        save_device_state(tmp_path, "device-01", index, state)
+    assert sorted(file.name for file in tmp_path.iterdir())[0] == "device-01.round-000002.safetensors"
+    assert load_device_state(tmp_path, "device-01", 4).pruning_ratio == 0.3
+    assert load_device_state(tmp_path, "device-01", 3).importance["layers.0.heads"][0] == 2
+    newest = tmp_path / "device-01.round-000003.safetensors"
+    newest.write_bytes(newest.read_bytes()[:40])
+    assert load_device_state(tmp_path, "device-01", 4).pruning_ratio == 0.2
+    assert load_device_state(tmp_path, "device-02", 4) == DeviceState()
