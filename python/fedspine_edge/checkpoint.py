@@ -38,6 +38,7 @@ from fedspine_edge.workbench import GlobalModel
 PRUNE_FORMAT = 1
 PRUNE_FILE = "fedspine_prune.json"
 KEPT_STATES = 2
+MATRIX_DIMENSIONS = 2
 
 
 def save_pruned(path: Path, base: BaseModel, layout: Layout, world: GlobalModel, *, mode: str) -> None:
@@ -79,7 +80,7 @@ def save_pruned(path: Path, base: BaseModel, layout: Layout, world: GlobalModel,
 
 
 def merged_tensors(base: BaseModel, layout: Layout, world: GlobalModel) -> dict[str, Tensor]:
-    """Returns every tensor of the merged, shrunk model under its usual name, float32."""
+    """Returns every tensor of the merged, shrunk model under its usual name; matrices as float16."""
     factors, reader, tensors = world.kept_factors(layout), base.reader(), dict[str, Tensor]()
     shells = {f"{matrix.name}.{part}" for matrix in layout.matrices for part in ("weight", "bias")}
     stored_shells = {base.stored_name(name) for name in shells}
@@ -99,7 +100,13 @@ def merged_tensors(base: BaseModel, layout: Layout, world: GlobalModel) -> dict[
         if stored not in stored_shells:
             name = stored if base.family.task == "decoder" or stored.startswith(prefix) else prefix + stored
             tensors.setdefault(name, base.read(stored))
-    return {name: tensor.contiguous() for name, tensor in (tensors | task_head).items()}
+    return {name: _as_stored(tensor) for name, tensor in (tensors | task_head).items()}
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """Matrices as float16, which F16 exports then hold to the bit; vectors, and matrices beyond its range, as float32."""
+    fits = tensor.ndim == MATRIX_DIMENSIONS and bool(tensor.abs().max() <= torch.finfo(torch.float16).max)
+    return tensor.to(torch.float16 if fits else torch.float32).contiguous()
 
 
 def load_pruned(path: Path) -> nn.Module:
@@ -110,7 +117,7 @@ def load_pruned(path: Path) -> nn.Module:
     """
     base = open_base(path)
     document = read_prune_file(path)
-    tensors = load_file(path / "model.safetensors")
+    tensors = {name: tensor.float() for name, tensor in load_file(path / "model.safetensors").items()}
     decoder = base.family.task == "decoder"
     auto_class = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
     with init_empty_weights(include_buffers=False):

@@ -3,7 +3,7 @@
 Comes in: an update, the assignment it answers, the layout, and what the device registered. Goes out: the first reason
 to refuse it, or None. Nothing of the update is used before this has passed.
 
-Source: algorithm.md, section 8 (rejections); arXiv 2501.02438 states no protection.
+Source: docs/algorithm.md, section 8 (rejections); arXiv 2501.02438 states no protection.
 """
 
 from __future__ import annotations

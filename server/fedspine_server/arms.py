@@ -3,7 +3,7 @@
 Comes in: run settings, a layout, a round, a device's last ratio and memory. Goes out: the arms a controller may choose
 from in that round, and what an arm costs in bytes and memory.
 
-Source: algorithm.md, section 5; the cubic schedule is LoRAPrune's (arXiv 2305.18403), the band around it is ours.
+Source: docs/algorithm.md, section 5; the cubic schedule is LoRAPrune's (arXiv 2305.18403), the band around it is ours.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Comes in: the run's state and what the controller chose. Goes out: an `Assignmen
 to the rank and to the candidates' rows and columns. It is a pure function of the state, so it can be made again after a
 restart, and when its answer is checked.
 
-Source: FedSpine (arXiv 2501.02438), the server's side of a round; algorithm.md, sections 2 and 5.
+Source: FedSpine (arXiv 2501.02438), the server's side of a round; docs/algorithm.md, sections 2 and 5.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _tensors(state: RunState, members: Mapping[str, np.ndarray], rank: int) -> d
     for name, kept in members.items():
         tensors[f"keep/{name}"] = kept
     tensors |= {f"importance/{name}": value.astype(np.float16) for name, value in state.importance.items()}
-    tensors |= {f"mean_input/{name}": value.astype(np.float16) for name, value in state.mean_input.items()}
+    if state.settings.mean_compensation:
+        tensors |= {f"mean_input/{name}": value.astype(np.float16) for name, value in state.mean_input.items()}
     return tensors | {f"task_head/{name}": value for name, value in state.task_head.items()}
 
 

@@ -3,7 +3,7 @@
 Comes in: settings, a layout, who is there, and what came back of a round. Goes out: the next state. Clock, randomness
 and network are arguments, so the simulated fleet, a deployed server, resume and tests run the same code.
 
-Source: FedSpine (arXiv 2501.02438), the server's side of a round; algorithm.md, section 2.
+Source: FedSpine (arXiv 2501.02438), the server's side of a round; docs/algorithm.md, section 2.
 """
 
 from __future__ import annotations

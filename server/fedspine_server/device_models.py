@@ -4,7 +4,7 @@ Comes in: a device's description, a round, and what it is asked. Goes out: its p
 round and the seconds they make. Everything random comes from generators keyed by (seed, device, round), so a resumed
 run and any order of devices see the same.
 
-Source: algorithm.md, section 10; classes and counts as in FedSpine (arXiv 2501.02438), 30 TX2, 40 NX, 10 AGX.
+Source: docs/algorithm.md, section 10; classes and counts as in FedSpine (arXiv 2501.02438), 30 TX2, 40 NX, 10 AGX.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Comes in: a run's state, devices, and callables that tune, evaluate, save and sh
 Losses come from whatever `tune` does, seconds from `device_models`. A round ends when the last update is there, or at
 its deadline times the slack, but never before a quorum has answered. The order in which `tune` yields changes nothing.
 
-Source: algorithm.md, section 10.
+Source: docs/algorithm.md, section 10.
 """
 
 from __future__ import annotations

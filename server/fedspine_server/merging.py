@@ -3,7 +3,7 @@
 Comes in: the state a round began with and the updates that were admitted. Goes out: the state with the server's arrays
 moved on, matrix by matrix. Updates are taken in the order of their device_id, so the order of arrival changes nothing.
 
-Source: algorithm.md, section 8.
+Source: docs/algorithm.md, section 8.
 """
 
 from __future__ import annotations

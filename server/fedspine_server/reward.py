@@ -2,7 +2,7 @@
 
 Comes in: what the devices of one round reported. Goes out: one reward in [0, 1] for each.
 
-Source: FedSpine (arXiv 2501.02438) names the ingredients; the bounded form is ours (algorithm.md, section 6).
+Source: FedSpine (arXiv 2501.02438) names the ingredients; the bounded form is ours (docs/algorithm.md, section 6).
 """
 
 from __future__ import annotations

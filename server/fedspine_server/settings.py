@@ -44,6 +44,7 @@ class RunSettings:
             unequal) or `equal`.
         mask_agreement: Share of the server's importance in a device's ranking of members (rho); 1 in cool-down.
         mask_mode: `uniform` (the same counts in each layer) or `per-layer`.
+        mean_compensation: Whether a bias stands in for what removed members contributed on average.
         scaling: alpha / rank (s), the same at every rank.
         importance_gain: Weight of a round's importances in the server's moving average.
         min_quorum: Share of the assigned devices without which a deadline does not end a round.
@@ -70,10 +71,11 @@ class RunSettings:
     example_weights: str = "examples"
     mask_agreement: float = 0.7
     mask_mode: str = "uniform"
+    mean_compensation: bool = True
     scaling: float = 2.0
     importance_gain: float = 0.5
     min_quorum: float = 0.5
-    deadline_slack: float = 1.4
+    deadline_slack: float = 1.6
     max_update_norm: float = 1000.0
     seed: int = 0
 

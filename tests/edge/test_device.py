@@ -161,7 +161,7 @@ def test_a_saved_pruned_model_says_what_the_shrunk_one_says(family, tiny_models,
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     with torch.no_grad():
         expected, found = bench.model(input_ids=ids).logits, loaded(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)  # matrices are stored as float16
     assert (predict(loaded, tokens, choices=bench.choices) == predict(bench.model, tokens, choices=bench.choices)).all()
 
 
@@ -187,8 +187,10 @@ def test_an_unpruned_global_model_is_the_merged_base(tiny_models, tmp_path):
         GlobalModel(keep_all(bench.layout), zero, {}, {}, 2.0),
         mode="uniform",
     )
+    saved = load_pruned(tmp_path / "out").state_dict()
     for name in bench.base.files:
-        assert torch.equal(load_pruned(tmp_path / "out").state_dict()[name], bench.base.read(name))
+        weight = bench.base.read(name)
+        assert torch.equal(saved[name], weight.half().float() if weight.ndim == 2 else weight)
 
 
 def test_a_full_disk_leaves_the_last_model_and_no_litter(tiny_models, tmp_path, monkeypatch):

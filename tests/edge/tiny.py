@@ -20,7 +20,10 @@ from transformers import (
     RobertaConfig,
 )
 
-WORDS = "how far who is he many number human Label : ? they that place where".split()
+WORDS = [
+    *("how", "far", "who", "is", "he", "many", "number", "human"),
+    *("Label", ":", "?", "they", "that", "place", "where"),
+]
 SPECIAL = ["<pad>", "<unk>", "<eos>", "<cls>"]
 VOCABULARY = {word: index for index, word in enumerate(SPECIAL + WORDS)}
 

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
@@ -32,7 +31,9 @@ def outcome(name, *, step_seconds, steps=20, ratio=0.2, rank=8, byte_seconds=1e-
 def learned(controller, settings=SETTINGS, rounds=3, **step_seconds):
     state = controller.init(settings)
     for _ in range(rounds):
-        state = controller.observe(state, [outcome(name, step_seconds=s) for name, s in step_seconds.items()])
+        state = controller.observe(
+            state, [outcome(name, step_seconds=s, byte_seconds=1e-9) for name, s in step_seconds.items()]
+        )
     return state
 
 
@@ -171,7 +172,8 @@ def test_utility_learns_that_rank_does_not_help_here():
         low, high = utility.log_quality(state, utility.draw(state, mean, exploration=0.0), np.zeros(2), ranks)
         return high - low
 
-    assert advantage(state) == pytest.approx(math.log(math.e) * (0.5 - 0.1))
+    before = advantage(state)
+    assert before > 0.3
     for _ in range(40):
         state = utility.observe(
             state,
@@ -181,7 +183,7 @@ def test_utility_learns_that_rank_does_not_help_here():
             state,
             [outcome("b", step_seconds=1.0, rank=2, ratio=0.0), outcome("a", step_seconds=1.0, rank=32, ratio=0.0)],
         )
-    assert abs(advantage(state)) < 0.15
+    assert abs(advantage(state)) < 0.25 * before
 
 
 def test_utility_needs_two_devices_to_compare():

@@ -68,6 +68,12 @@ def test_assignments_carry_the_adapter_at_their_rank_in_half_precision(begin):
     assert np.isnan(tensors["mean_input/layers.1.down"]).all()
 
 
+@pytest.mark.parametrize("compensates", [True, False])
+def test_mean_inputs_are_sent_only_where_they_are_used(begin, compensates):
+    assignment = coordinator.assign(begin(mean_compensation=compensates))[0][0]
+    assert ("mean_input/layers.0.o" in assignment.tensors) == compensates
+
+
 def test_each_device_and_round_has_its_own_seed(begin):
     state = begin()
     first, _ = coordinator.assign(state)

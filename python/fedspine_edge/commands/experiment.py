@@ -298,7 +298,7 @@ def global_model(state: RunState, *, pruning_ratio: float | None = None) -> Glob
         keep=keep,
         factors={name: (factors.lora_a, factors.lora_b) for name, factors in state.adapter.items()},
         task_head=state.task_head,
-        mean_inputs=state.mean_input,
+        mean_inputs=state.mean_input if settings.mean_compensation else {},
         scaling=settings.scaling,
     )
 

@@ -42,12 +42,12 @@ class Finished:
     Attributes:
         state: The coordinator's last state.
         world: The global model at its final mask.
-        accuracy: Share of the held-out rows the PyTorch model gets right.
+        accuracy: Share of the held-out rows the PyTorch model gets right; None for a decoder, which is judged as a file.
     """
 
     state: RunState
     world: GlobalModel
-    accuracy: float
+    accuracy: float | None
 
 
 def simulate(run_dir: Path, *, workers: int | None, quiet: bool) -> dict[str, Any]:
@@ -80,7 +80,6 @@ def simulate(run_dir: Path, *, workers: int | None, quiet: bool) -> dict[str, An
                 "peak_rss_bytes": memory.peak_bytes,
             }
         )
-        summary.setdefault("accuracy", pruned.accuracy)
         write_bytes(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         live.handle({"kind": "phase", "text": "writing the report", "total": None, "done": 0})
         write_report(run_dir)
@@ -89,7 +88,7 @@ def simulate(run_dir: Path, *, workers: int | None, quiet: bool) -> dict[str, An
 
 def _untuned_accuracy(scene: Scene, pool: Workers, live: LiveView) -> float:
     live.handle({"kind": "phase", "text": "accuracy before any tuning", "total": None, "done": 0})
-    return pool.accuracy(global_model(scene.first_state(scene.settings), pruning_ratio=0.0), "held_out")
+    return pool.accuracy(global_model(scene.first_state(scene.settings), pruning_ratio=0.0), "validation")
 
 
 def _dense_reference(scene: Scene, run_dir: Path, pool: Workers, live: LiveView) -> Finished | None:
@@ -108,7 +107,7 @@ def _federate(
 
     def save(state: RunState) -> None:
         store.save(folder, state)
-        lines = "".join(json.dumps(record) + "\n" for record in state.history)
+        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in state.history)
         write_bytes(rounds_file, lines.encode())
 
     state = last_state(scene, settings, folder)
@@ -124,8 +123,10 @@ def _federate(
         fleet=scene.fleet.world(scene.experiment.seed),
     )
     save(state)
-    live.handle({"kind": "phase", "text": "accuracy on the held-out rows", "total": None, "done": 0})
     final = global_model(state, pruning_ratio=settings.target_sparsity)
+    if scene.setup.choices is not None:
+        return Finished(state, final, None)
+    live.handle({"kind": "phase", "text": "accuracy on the held-out rows", "total": None, "done": 0})
     return Finished(state, final, pool.accuracy(final, "held_out"))
 
 

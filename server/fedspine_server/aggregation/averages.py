@@ -3,7 +3,7 @@
 Comes in: arrays of the merged devices with their weights. Goes out: the server's new arrays. NaN means "not measured"
 and counts for nothing.
 
-Source: algorithm.md, sections 4 (mean compensation) and 8 (mask agreement).
+Source: docs/algorithm.md, sections 4 (mean compensation) and 8 (mask agreement).
 """
 
 from __future__ import annotations

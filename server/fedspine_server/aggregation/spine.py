@@ -12,7 +12,7 @@ round.
 A matrix pruned on one side has coverage that depends on the row alone (or the column alone), so the division goes into
 B (or A) and the sum keeps its factored form. Only a matrix pruned on both sides is summed densely.
 
-Source: algorithm.md, section 8; rank-wise coverage as in raFLoRA, masks and the old product are ours.
+Source: docs/algorithm.md, section 8; rank-wise coverage as in raFLoRA, masks and the old product are ours.
 """
 
 from __future__ import annotations

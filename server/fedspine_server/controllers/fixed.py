@@ -1,6 +1,6 @@
 """The controller that does not choose: everyone follows the schedule at one rank, and the round waits for everyone.
 
-Source: the baselines of algorithm.md, section 10 (FedAvg LoRA, federated LoRAPrune).
+Source: the baselines of docs/algorithm.md, section 10 (FedAvg LoRA, federated LoRAPrune).
 """
 
 from __future__ import annotations

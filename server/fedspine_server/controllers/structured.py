@@ -6,10 +6,10 @@ slowest device, so matching its length matters more than any single arm: a slow 
 pruning and less rank, a fast one more iterations.
 
 The deadline: among 70 lengths D, the one with the most expected progress a second; but a run has a given number of
-rounds, so no shorter than it takes to make the progress of a nominal round (everyone at the schedule's ratio and
-`steps_per_round` iterations), and long enough that 90 % of the examples can be heard.
+rounds, so no shorter than it takes to make 1.2 times the progress of a nominal round (everyone at the schedule's ratio
+and `steps_per_round` iterations), and long enough that 90 % of the examples can be heard.
 
-Source: algorithm.md, section 7; iterations a device and the nominal round as a floor are ours.
+Source: docs/algorithm.md, section 7; iterations a device and the nominal round as a floor are ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ COLD_START_STEPS = 0.5  # share of the nominal steps: nothing is known yet, so t
 LEAST_STEPS, MOST_STEPS = 0.25, 2.0  # shares of the nominal steps
 COVERED_EXAMPLES = 0.9
 OVERSHOOT_PENALTY = 1.2  # ln worth a unit of ratio above the schedule: nobody else trains those members less
-DEFAULT_OPTIONS = {"progress": 1.0, "exploration": 0.5}
+# Progress 1.2: at 1.0 a run of 12 rounds was as far at the same second, but ended 0 to 3 points lower.
+DEFAULT_OPTIONS = {"progress": 1.2, "exploration": 0.5}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class _Offers:
 def init(settings: RunSettings) -> ControllerState:
     """Returns the state before the first round.
 
-    Options: `progress` (a round's progress in nominal rounds, default 1) and `exploration` (scale of the Thompson
+    Options: `progress` (a round's progress in nominal rounds) and `exploration` (scale of the Thompson
     draws).
 
     Raises:

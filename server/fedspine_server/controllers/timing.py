@@ -5,7 +5,7 @@ are a_i * work(p, r): the law `work` is shared by all devices and fitted to all 
 device. Seconds of a byte b_i likewise. A surprise of more than 30 % is taken for a change of power mode and followed at
 once.
 
-Source: algorithm.md, section 7.
+Source: docs/algorithm.md, section 7.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ x2 = log rank from smallest to largest) and ln(steps / nominal steps); each devi
 features are centred within a round, so that the fall of the loss over rounds is not mistaken for an effect of the arms.
 Runs are short, so the prior matters: more rank and more steps help with diminishing returns, missing members hurt.
 
-Source: algorithm.md, section 7; the logarithm, the steps and the centring are ours.
+Source: docs/algorithm.md, section 7; the logarithm, the steps and the centring are ours.
 """
 
 from __future__ import annotations
