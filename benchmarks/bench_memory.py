@@ -100,14 +100,11 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             samples[variant].append(int(done.stdout.split()[-1]))
     medians = {variant: statistics.median(values) for variant, values in samples.items()}
-    print(
-        f"{arguments.model}, rank {RANK}, batch {BATCH}, {STEPS} steps, 1 thread, {arguments.turns} processes each"
-    )
+    print(f"{arguments.model}, rank {RANK}, batch {BATCH}, {STEPS} steps, 1 thread, median of {arguments.turns}")
     for variant, median in medians.items():
         spread = (max(samples[variant]) - min(samples[variant])) / median
-        print(
-            f"{variant:9} {median / 2**20:7.0f} MiB  {median / medians['unpruned']:.2f} of unpruned  spread {spread:.1%}"
-        )
+        share = median / medians["unpruned"]
+        print(f"{variant:9} {median / 2**20:7.0f} MiB  {share:.2f} of unpruned  spread {spread:.1%}")
     if arguments.json:
         from fedspine_edge.hardware import this_machine
 

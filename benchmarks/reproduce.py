@@ -1,10 +1,9 @@
 """Time to accuracy of the controllers: the same run under each, several seeds, real training on a virtual clock.
 
-    python benchmarks/reproduce.py [--preset encoder] [--seeds 3] [--controllers structured sucb fixed] [--json FILE]
+    python benchmarks/reproduce.py [--preset encoder] [--seeds 3] [--controllers structured sucb fixed]
 
-For each seed the target is the highest accuracy that every controller reaches; the figure is the virtual time at which a
-run first reaches it and stays within a point of it in that round's validation. Held-out accuracy of the saved, pruned
-model stands beside it.
+For each seed the target is the highest validation accuracy that every controller reaches; the figure is the virtual
+time at which a run first reaches it. Held-out accuracy of the saved, pruned model stands beside it.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def merged_tensors(base: BaseModel, layout: Layout, world: GlobalModel) -> dict[
 
 
 def _as_stored(tensor: Tensor) -> Tensor:
-    """Matrices as float16, which F16 exports then hold to the bit; vectors, and matrices beyond its range, as float32."""
+    """Matrices as float16, which F16 exports then hold to the bit; vectors and matrices beyond its range as float32."""
     fits = tensor.ndim == MATRIX_DIMENSIONS and bool(tensor.abs().max() <= torch.finfo(torch.float16).max)
     return tensor.to(torch.float16 if fits else torch.float32).contiguous()
 
@@ -135,7 +135,8 @@ def load_pruned(path: Path) -> nn.Module:
         raise CheckpointError(f"expected tensor {empty[0]} in {path}, found none of that name")
     if document:
         fit_attention(model, layout, _keep_of(document))
-    return model.requires_grad_(False).eval()
+    loaded: nn.Module = model.requires_grad_(False).eval()
+    return loaded
 
 
 def read_prune_file(path: Path) -> dict[str, Any]:

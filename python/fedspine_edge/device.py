@@ -56,7 +56,7 @@ def run_round(
     reset_peak_memory()
     start = time.perf_counter()
     pruner = _Pruner(assignment, bench.layout, state)
-    keep = pruner.keep(0, None)
+    keep = pruner.mask(0)
     mean_inputs = arrays(assignment.tensors, "mean_input")
     factors = assigned_factors(assignment, bench.layout, keep)
     shrunk = bench.fit(keep, factors, scaling=assignment.scaling, mean_inputs=mean_inputs)
@@ -69,7 +69,7 @@ def run_round(
         batches,
         learning_rate=assignment.learning_rate,
         prune_interval=assignment.prune_interval,
-        narrower=lambda done, meter: pruner.keep(done + 1, meter, shrunk.keep),
+        narrower=lambda done, meter: pruner.narrower(done + 1, meter, shrunk.keep),
         measure=assignment.mask_agreement < FROZEN_AGREEMENT,
     )
     report = DeviceReport(
@@ -95,24 +95,27 @@ class _Pruner:
         self._candidates = arrays(assignment.tensors, "keep")
         self._num_prunings = max(1, -(-assignment.num_steps // assignment.prune_interval))
 
-    def keep(self, index: int, meter: ImportanceMeter | None, current: Keep | None = None) -> Keep | None:
-        """Returns what stays after pruning number `index`; None when that is what is there already."""
+    def mask(self, index: int, measured: Mapping[str, np.ndarray] | None = None, current: Keep | None = None) -> Keep:
+        """Returns what stays after pruning number `index`, of what is there now or else of the candidates."""
         first, last = min(self._state.pruning_ratio, self._assignment.pruning_ratio), self._assignment.pruning_ratio
         ratio = first + (last - first) * (index + 1) / self._num_prunings
-        own = self._own(meter.scores if meter else {}, current or {})
+        own = self._own(measured or {}, current or {})
         scores = {
             group.name: blend(self._server[group.name], own.get(group.name), self._assignment.mask_agreement)
             for group in self._layout.groups
         }
-        keep = choose(
+        return choose(
             self._layout,
             scores,
             pruning_ratio=ratio,
             mode=self._assignment.mask_mode,
             candidates=current or self._candidates,
         )
-        unchanged = current is not None and kept_counts(current) == kept_counts(keep)
-        return None if unchanged else keep
+
+    def narrower(self, index: int, meter: ImportanceMeter, current: Keep) -> Keep | None:
+        """Returns what stays after pruning number `index`; None when nothing more has to go."""
+        keep = self.mask(index, meter.scores, current)
+        return None if kept_counts(keep) == kept_counts(current) else keep
 
     def _own(self, measured: Mapping[str, np.ndarray], keep: Keep) -> dict[str, np.ndarray]:
         """The device's own importance: what it just measured, where it did; else what it remembers."""

@@ -5,7 +5,6 @@ Comes in: nothing. Goes out: the CPU's name, cores, memory, and the peak memory 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import threading
@@ -63,7 +62,7 @@ def peak_memory_bytes() -> int:
 class MemoryWatch:
     """The peak memory of this process and all its children together, sampled from a thread; a context manager.
 
-    Shared pages count once a process, so the figure is an upper bound.
+    Proportional resident memory: pages that processes share (the libraries, a mapped file) count once in all.
     """
 
     def __init__(self, interval_seconds: float = 0.5) -> None:
@@ -83,10 +82,17 @@ class MemoryWatch:
     def _watch(self) -> None:
         root = psutil.Process()
         while True:
-            total = 0
-            for process in (root, *root.children(recursive=True)):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it ended between the listing and the reading
-                    total += process.memory_info().rss
+            total = sum(resident_bytes(process.pid) for process in (root, *root.children(recursive=True)))
             self.peak_bytes = max(self.peak_bytes, total)
             if self._over.wait(self._interval):
                 return
+
+
+def resident_bytes(pid: int) -> int:
+    """Returns the proportional resident memory of a process; 0 once it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

@@ -64,7 +64,8 @@ def member_scores(
     kept = kept_counts[group_name]
     total = torch.zeros(kept)
     for matrix in matrices_of(layout, group_name):
-        axis = "out" if matrix.out_group == group_name else "in"
-        by_member = linears[matrix.name].importance(axis).view(kept, -1).sum(dim=1)
+        linear = linears[matrix.name]
+        scores = linear.importance("out" if matrix.out_group == group_name else "in")
+        by_member = scores.view(kept, -1).sum(dim=1)
         total += by_member / by_member.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return total.numpy()

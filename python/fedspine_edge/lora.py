@@ -9,6 +9,8 @@ can be truncated and merged.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.packed = packed
+        self.bias: Tensor | None
         self.register_buffer("bias", bias, persistent=False)
         self.lora_a = nn.Parameter(lora_a)
         self.lora_b = nn.Parameter(lora_b)
@@ -47,7 +50,7 @@ class LoRALinear(nn.Module):
             x, self.packed, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, scaling=self.scaling
         )
 
-    def importance(self, axis: str) -> Tensor:
+    def importance(self, axis: Literal["out", "in"]) -> Tensor:
         """Returns the LoRA-guided importance of each row (`axis="out"`) or column (`"in"`); needs gradients.
 
         Raises:

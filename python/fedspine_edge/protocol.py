@@ -231,7 +231,8 @@ def to_bytes(message: Assignment | Update) -> bytes:
         scalars["report"] = dataclasses.asdict(message.report)
     header = {"protocol": PROTOCOL_VERSION, "kind": type(message).__name__, **scalars}
     arrays = {name: np.ascontiguousarray(array) for name, array in message.tensors.items()}
-    return save_blob(arrays, metadata={"fedspine": json.dumps(header, sort_keys=True)})
+    blob: bytes = save_blob(arrays, metadata={"fedspine": json.dumps(header, sort_keys=True)})
+    return blob
 
 
 def assignment_from_bytes(blob: bytes) -> Assignment:

@@ -150,7 +150,7 @@ def _step(shrunk: ShrunkModel, batch: Batch, optimizer: torch.optim.Optimizer, m
     value = float(loss.detach())
     if not math.isfinite(value):
         raise TuningError(f"expected a finite loss, found {value}", hint="lower the learning rate")
-    loss.backward()
+    torch.autograd.backward(loss)
     if meter is not None:
         meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
     nn.utils.clip_grad_norm_(trainable_parameters(shrunk.model), GRADIENT_CLIP)

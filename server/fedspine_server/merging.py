@@ -9,12 +9,14 @@ Source: docs/algorithm.md, section 8.
 from __future__ import annotations
 
 import dataclasses
+import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from fedspine_edge.protocol import Update
+from fedspine_edge.protocol import Matrix, Update
 from fedspine_server.aggregation import AGGREGATIONS, Factors, RoundFacts
 from fedspine_server.aggregation.averages import moved_towards, on_scale_of, weighted_mean
 from fedspine_server.arms import in_cooldown
@@ -45,16 +47,19 @@ def merge(state: RunState, updates: Sequence[Update]) -> RunState:
 
 
 def _adapter(state: RunState, updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Factors]:
+    """Each matrix on its own, so the cores can share them and the result stays the same."""
     settings, layout = state.settings, state.layout
     rule = AGGREGATIONS[settings.aggregation]
-    adapter = {}
-    for matrix in layout.matrices:
+
+    def merged(matrix: Matrix) -> Factors:
         parts = [contribution(layout, matrix, u, weight) for u, weight in zip(updates, weights, strict=True)]
         generator = np.random.default_rng([settings.seed, state.round_index + 1, zlib.crc32(matrix.name.encode())])
         # In cool-down all devices keep the same members, so what none of them kept is gone for good.
         facts = RoundFacts(in_cooldown(settings, state.round_index), generator)
-        adapter[matrix.name] = rule(state.adapter[matrix.name], parts, facts)
-    return adapter
+        return rule(state.adapter[matrix.name], parts, facts)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return dict(zip((m.name for m in layout.matrices), pool.map(merged, layout.matrices), strict=True))
 
 
 def _importance(state: RunState, updates: Sequence[Update], weights: Sequence[float]) -> Mapping[str, np.ndarray]:

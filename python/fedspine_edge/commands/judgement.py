@@ -161,7 +161,8 @@ def _accuracy(entry: _Judged, tokens: TokenSet) -> float:
 def _export_record(entry: _Judged, tokens: TokenSet) -> dict[str, Any]:
     return {
         "path": str(entry.file.path),
-        "format": entry.file.format,
+        "format": "gguf",
+        "architecture": entry.file.format,
         "quant": entry.file.quantization,
         "size_bytes": entry.file.size_bytes,
         "max_abs_dlogit": entry.parity.max_abs_dlogit,

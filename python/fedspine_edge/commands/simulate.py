@@ -42,7 +42,7 @@ class Finished:
     Attributes:
         state: The coordinator's last state.
         world: The global model at its final mask.
-        accuracy: Share of the held-out rows the PyTorch model gets right; None for a decoder, which is judged as a file.
+        accuracy: Share of the held-out rows the PyTorch model gets right; None for a decoder, judged as a file.
     """
 
     state: RunState

@@ -1,0 +1,98 @@
+import numpy as np
+import torch
+from tiny import questions, tiny_tokenizer
+
+from fedspine_edge.batches import Encoding, training_batches
+from fedspine_edge.data import Example
+from fedspine_edge.importance import ImportanceMeter, member_scores
+from fedspine_edge.lora import fresh_factors, trainable_parameters
+from fedspine_edge.masks import keep_all, kept_counts
+from fedspine_edge.tuning import loss_of, narrow, tune
+from fedspine_edge.workbench import open_workbench
+
+
+def fitted(path, rank=3):
+    bench = open_workbench(path, sha256=None, num_labels=2, choices=[10, 11])
+    generator = torch.Generator().manual_seed(2)
+    factors = {m.name: fresh_factors(m.out_features, m.in_features, rank, generator) for m in bench.layout.matrices}
+    shrunk = bench.fit(keep_all(bench.layout), factors, scaling=2.0, mean_inputs={})
+    encoding = Encoding(tiny_tokenizer(decoder=True), ("human", "number"), "{text} Label:")
+    tokens = encoding.encode([Example(*pair) for pair in questions()])
+    return shrunk, list(training_batches(tokens, batch_size=6, num_batches=10, seed=0))
+
+
+def never(_done, _meter):
+    return None
+
+
+def test_only_lora_factors_change(tiny_models):
+    shrunk, batches = fitted(tiny_models["llama"])
+    before = {name: p.clone() for name, p in shrunk.model.named_parameters()}
+    tune(shrunk, batches, learning_rate=1e-2, prune_interval=99, narrower=never)
+    changed = {name for name, p in shrunk.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+
+
+def test_pruning_in_mid_round_keeps_the_moments_of_what_stays(tiny_models):
+    shrunk, batches = fitted(tiny_models["llama"])
+    tune(shrunk, batches[:3], learning_rate=1e-2, prune_interval=99, narrower=never)
+    optimizer = torch.optim.AdamW(trainable_parameters(shrunk.model), lr=1e-2)
+    loss_of(shrunk.model, batches[3]).backward()
+    optimizer.step()
+    name = "model.layers.0.mlp.up_proj"
+    old = shrunk.linears[name]
+    moments = optimizer.state[old.lora_b]["exp_avg"].clone()
+    rows = old.lora_b.detach().clone()
+    keep = {**shrunk.keep, "layers.0.ffn": np.arange(32, 96, dtype=np.int32)}
+    successor = narrow(shrunk, keep, ImportanceMeter(), optimizer, 1e-2)
+    new = shrunk.linears[name]
+    assert torch.equal(new.lora_b, rows[32:])
+    assert torch.equal(successor.state[new.lora_b]["exp_avg"], moments[32:])
+    assert torch.equal(successor.state[new.lora_a]["exp_avg"], optimizer.state[old.lora_a]["exp_avg"])
+
+
+def test_a_round_prunes_where_it_is_told_to(tiny_models):
+    shrunk, batches = fitted(tiny_models["llama"])
+    asked = []
+
+    def halve(done, meter):
+        asked.append(done)
+        assert set(meter.scores) == set(shrunk.keep)
+        return {**shrunk.keep, "layers.1.heads": shrunk.keep["layers.1.heads"][: 2 - done]} if done < 2 else None
+
+    tuned = tune(shrunk, batches, learning_rate=1e-3, prune_interval=3, narrower=halve)
+    assert asked == [0, 1, 2]
+    assert kept_counts(shrunk.keep)["layers.1.heads"] == 1
+    assert len(tuned.importance["layers.1.heads"]) == 1
+    gone = tuned.mean_inputs["model.layers.1.self_attn.o_proj"]
+    assert np.isnan(gone[16:]).all()
+    assert np.isfinite(gone[:16]).all()
+
+
+def test_importance_is_the_definition(tiny_models):
+    shrunk, batches = fitted(tiny_models["llama"])
+    tune(shrunk, batches[:4], learning_rate=1e-2, prune_interval=99, narrower=never)
+    shrunk.model.zero_grad()
+    loss_of(shrunk.model, batches[5]).backward()
+    expected = torch.zeros(96)
+    for matrix, axis in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 0)):
+        linear = shrunk.linears[f"model.layers.0.mlp.{matrix}"]
+        weight = shrunk.base.weight(f"model.layers.0.mlp.{matrix}")
+        a, b = linear.lora_a.detach(), linear.lora_b.detach()
+        estimate = linear.lora_b.grad @ a + b @ linear.lora_a.grad - linear.lora_b.grad @ linear.lora_a.grad
+        sums = (estimate * (weight + 2.0 * b @ a)).abs().sum(axis)
+        expected += sums / sums.norm()
+    found = member_scores(shrunk.layout, "layers.0.ffn", shrunk.linears, kept_counts(shrunk.keep))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_measurement_that_is_not_finite_is_skipped_and_counted(tiny_models):
+    shrunk, batches = fitted(tiny_models["llama"])
+    loss_of(shrunk.model, batches[0]).backward()
+    meter = ImportanceMeter()
+    meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+    before = {name: scores.copy() for name, scores in meter.scores.items()}
+    shrunk.linears["model.layers.0.mlp.up_proj"].lora_b.grad[0, 0] = torch.nan
+    meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+    assert meter.num_skipped == 1
+    assert all(np.array_equal(before[name], meter.scores[name]) for name in before)
