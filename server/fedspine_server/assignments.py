@@ -40,7 +40,8 @@ def build_assignment(state: RunState, choice: Choice) -> Assignment:
     """Returns what the server asks of one device in the round under way."""
     settings, round_index = state.settings, state.round_index
     members = candidates(state, state.devices[choice.device_id])
-    cooldown = in_cooldown(settings, round_index)
+    # Nothing more is learned of members whose fate is settled; a device measures nothing at agreement 1.
+    settled = in_cooldown(settings, round_index) or settings.target_sparsity == 0
     return Assignment(
         run_id=state.run_id,
         device_id=choice.device_id,
@@ -54,7 +55,7 @@ def build_assignment(state: RunState, choice: Choice) -> Assignment:
         batch_size=settings.batch_size,
         learning_rate=learning_rate_of(settings, round_index),
         seed=zlib.crc32(f"{settings.seed}/{round_index}/{choice.device_id}".encode()),
-        mask_agreement=1.0 if cooldown else min(settings.mask_agreement, MOST_AGREEMENT_WHILE_MEASURING),
+        mask_agreement=1.0 if settled else min(settings.mask_agreement, MOST_AGREEMENT_WHILE_MEASURING),
         mask_mode=settings.mask_mode,
         revive=may_revive(settings, round_index),
         tensors=_tensors(state, members, choice.rank),
