@@ -70,6 +70,9 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Spinning OpenMP threads make every barrier of a busy machine cost milliseconds.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # The live view shows progress; other libraries' bars would tear it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except FedSpineError as error:

@@ -110,11 +110,8 @@ def unpack_gguf(file: Path, cache: Path, *, facts: dict[str, Any]) -> Path:
     # transformers is slow to import; it is needed only the first time.
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     def fill(partial: Path) -> None:
-        # The live view shows progress; a second bar would be torn by it.
-        logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
