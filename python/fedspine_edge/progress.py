@@ -63,7 +63,8 @@ def advance(progress: Progress, event: Mapping[str, Any], *, now: float) -> Prog
     if kind == "phase":
         return replace(progress, phase=event["text"], phase_done=event["done"] or 0, phase_total=event["total"])
     if kind == "round_start":
-        first = progress.rounds_started is None
+        # A round that is not later than the last one begins another run, such as the unpruned reference.
+        first = progress.rounds_started is None or event["round_index"] < progress.rounds_done
         return replace(
             progress,
             phase="",
@@ -72,6 +73,8 @@ def advance(progress: Progress, event: Mapping[str, Any], *, now: float) -> Prog
             rounds_started=now if first else progress.rounds_started,
             rounds_done_before=event["round_index"] if first else progress.rounds_done_before,
             rounds_done=event["round_index"],
+            round_ended=None if first else progress.round_ended,
+            accuracies=() if first else progress.accuracies,
             virtual_seconds=event["virtual_seconds"],
             deadline_seconds=event["deadline_seconds"],
             devices={device["device_id"]: {"state": "queued", **device} for device in event["devices"]},

@@ -251,6 +251,16 @@ def test_a_resumed_run_estimates_from_its_own_rounds() -> None:
     assert seconds_left(progress, now=500.0) == 0.0
 
 
+def test_a_second_run_starts_its_estimate_and_its_course_anew() -> None:
+    progress = advance(Progress(), round_start(0, rounds=2), now=0.0)
+    progress = advance(progress, round_end(0), now=50.0)
+    progress = advance(progress, round_start(0, rounds=2), now=60.0)
+    assert progress.accuracies == ()
+    assert seconds_left(progress, now=65.0) is None
+    progress = advance(progress, round_end(0), now=70.0)
+    assert seconds_left(progress, now=70.0) == 10.0
+
+
 @pytest.mark.parametrize(("value", "text"), [(8.44, "8.4s"), (59.97, "1m00s"), (125.0, "2m05s"), (11220.0, "3h07m")])
 def test_durations_are_short(value: float, text: str) -> None:
     assert duration(value) == text

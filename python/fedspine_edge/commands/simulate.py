@@ -95,6 +95,7 @@ def _dense_reference(scene: Scene, run_dir: Path, pool: Workers, live: LiveView)
     """The same run at sparsity 0, to compare with."""
     if not scene.experiment.dense_reference or scene.settings.target_sparsity == 0:
         return None
+    live.handle({"kind": "phase", "text": "the same run without pruning, to compare with", "total": None, "done": 0})
     settings = dataclasses.replace(scene.settings, target_sparsity=0.0)
     return _federate(scene, settings, run_dir, "_dense", pool, live)
 
