@@ -1,9 +1,8 @@
 # What people and CI run. `make demo` and `make test` set everything up themselves, in .venv.
 #
 #   make demo                     the main job: federate, prune, tune, export, run in llama.cpp
-#   make test                     every test but the nightly ones
+#   make test                     every test, C++ ones under the sanitizers included
 #   make lint                     formatting, linting, types, C++ warnings
-#   make test-nightly             the long forms
 #   make bench                    benchmarks, into benchmarks/results/
 #
 # Settings: PYTHON=python3.12   the interpreter to build .venv with
@@ -21,18 +20,15 @@ LLAMA := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements/l
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint test-nightly bench clean
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(RUN) $(BIN)/fedspine simulate quickstart
 
 test: $(VENV)/.installed $(VENV)/.dev
-	$(RUN) $(BIN)/python -m pytest -m "not nightly"
+	$(RUN) $(BIN)/python -m pytest
 	$(RUN) sh tests/csrc/run.sh
-
-test-nightly: $(VENV)/.installed $(VENV)/.dev
-	$(RUN) $(BIN)/python -m pytest -m nightly
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -42,6 +38,7 @@ lint: $(VENV)/.installed $(VENV)/.dev
 
 bench: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json
+	$(RUN) $(BIN)/python benchmarks/bench_memory.py --json benchmarks/results/memory-minilm.json
 
 clean:
 	rm -rf $(VENV) build dist
