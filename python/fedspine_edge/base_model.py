@@ -126,21 +126,15 @@ def _tensor_names(file: Path) -> list[str]:
 
 
 def _hash_files(files: list[Path]) -> str:
+    """SHA-256 over the files' own digests, read a MiB at a time."""
     total = hashlib.sha256()
     for file in files:
+        digest = hashlib.sha256()
         with file.open("rb") as opened:
-            total.update(hashlib.file_digest(opened, "sha256").digest() if _HAS_FILE_DIGEST else _digest(opened))
+            while chunk := opened.read(1 << 20):
+                digest.update(chunk)
+        total.update(digest.digest())
     return total.hexdigest()
-
-
-_HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")
-
-
-def _digest(opened: Any) -> bytes:
-    digest = hashlib.sha256()
-    while chunk := opened.read(1 << 20):
-        digest.update(chunk)
-    return digest.digest()
 
 
 def instantiate(base: BaseModel, *, num_labels: int | None, seed: int) -> tuple[nn.Module, Layout]:
