@@ -18,6 +18,8 @@ namespace {
 
 constexpr Index kTileColumns = kTileVectors * kLanes;
 static_assert(kPanelWidth % kTileColumns == 0, "a tile must not straddle two panels");
+constexpr Index kPrefetchSteps = 64;    // b is often read once: 8 KB ahead of the sum, in panels.
+constexpr Index kCacheLineFloats = 16;  // 64 bytes.
 
 // sum over k < depth of a[row][k] * b[k][column]; both may be null when depth is 0.
 struct Product {
@@ -47,6 +49,10 @@ FEDSPINE_INLINE void AccumulateStep(const float* b, const AValue& a_value,
   V b_row[kVectors];
   FEDSPINE_UNROLL(16)
   for (int v = 0; v < kVectors; ++v) b_row[v] = Load(b + v * kLanes);
+  FEDSPINE_UNROLL(2)
+  for (Index line = 0; line < kVectors * kLanes; line += kCacheLineFloats) {
+    Prefetch(b + kPrefetchSteps * kPanelWidth + line);
+  }
   FEDSPINE_UNROLL(16)
   for (int row = 0; row < kRows; ++row) {
     const V a_row = Broadcast(a_value(row));

@@ -125,24 +125,34 @@ class Encoding:
 
 
 def collate(tokens: TokenSet, indices: np.ndarray) -> Batch:
-    """Returns the given rows as one batch, padded on the right to the longest."""
+    """Returns the given rows as one batch, padded on the right to the longest.
+
+    The last token of a decoder's row is only ever predicted, so it is not in the input.
+    """
+    answers = tokens.answer_lengths[indices]
     rows = [tokens.rows[i] for i in indices]
+    input_ids, valid = _padded([row[:-1] if n else row for row, n in zip(rows, answers, strict=True)])
+    return Batch(
+        input_ids=input_ids,
+        valid=valid,
+        labels=torch.from_numpy(tokens.labels[indices]),
+        answer_rows=torch.from_numpy(np.repeat(np.arange(len(rows)), answers)),
+        answer_columns=torch.from_numpy(
+            np.concatenate([np.arange(len(row) - n, len(row)) - 1 for row, n in zip(rows, answers, strict=True)])
+        ),
+        answer_ids=torch.from_numpy(
+            np.concatenate([row[len(row) - n :] for row, n in zip(rows, answers, strict=True)])
+        ),
+    )
+
+
+def _padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Returns the rows side by side, int64 [B, T], and which entries are theirs, bool [B, T]."""
     lengths = np.asarray([len(row) for row in rows])
     input_ids = np.zeros((len(rows), lengths.max()), dtype=np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row)] = row
-    answers = tokens.answer_lengths[indices]
-    answer_rows = np.repeat(np.arange(len(rows)), answers)
-    offsets = np.concatenate([np.arange(n) for n in answers]) if len(answers) else np.zeros(0, dtype=np.int64)
-    columns = np.repeat(lengths - answers, answers) + offsets.astype(np.int64)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        valid=torch.from_numpy(np.arange(input_ids.shape[1])[None, :] < lengths[:, None]),
-        labels=torch.from_numpy(tokens.labels[indices]),
-        answer_rows=torch.from_numpy(answer_rows),
-        answer_columns=torch.from_numpy(columns - 1),
-        answer_ids=torch.from_numpy(input_ids[answer_rows, columns]),
-    )
+    return torch.from_numpy(input_ids), torch.from_numpy(np.arange(input_ids.shape[1])[None, :] < lengths[:, None])
 
 
 def training_batches(tokens: TokenSet, *, batch_size: int, num_batches: int, seed: int) -> Iterator[Batch]:
@@ -165,9 +175,14 @@ def training_batches(tokens: TokenSet, *, batch_size: int, num_batches: int, see
         num_batches -= pool
 
 
-def ordered_batches(tokens: TokenSet, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Yields every row once, rows of like length together, with the indices of each batch's rows."""
-    order = np.argsort([len(row) for row in tokens.rows], kind="stable")
+def prompt_batches(tokens: TokenSet, batch_size: int) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Yields every row once without its answer, rows of like length together.
+
+    Yields:
+        The indices of the rows; their tokens, int64 [B, T]; which of these are not padding, bool [B, T].
+    """
+    prompts = [np.asarray(prompt) for prompt in tokens.prompts()]
+    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        yield indices, collate(tokens, indices)
+        yield indices, *_padded([prompts[i] for i in indices])

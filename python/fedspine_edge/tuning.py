@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedspine_edge.batches import Batch, TokenSet, ordered_batches
+from fedspine_edge.batches import Batch, TokenSet, prompt_batches
 from fedspine_edge.compensation import MeanInputMeter
 from fedspine_edge.errors import TuningError
 from fedspine_edge.importance import ImportanceMeter
@@ -56,7 +56,11 @@ class ShrunkModel:
     linears: dict[str, LoRALinear] = field(default_factory=dict)
 
     def load(self, factors: Factors) -> None:
-        """Installs LoRA layers of the kept rows and columns with the given factors."""
+        """Installs LoRA layers of the kept rows and columns with the given factors; each takes its predecessor's place.
+
+        Two models' packed weights are never in memory at once, so nothing else may hold on to the old layers.
+        """
+        self.linears = {}
         self.linears = install(
             self.model,
             self.layout,
@@ -170,8 +174,11 @@ def narrow(
     Returns:
         An optimiser over the narrower parameters that goes on where the old one was.
     """
-    layout, last, old = shrunk.layout, shrunk.keep, shrunk.linears
-    moments = {name: (optimizer.state[linear.lora_a], optimizer.state[linear.lora_b]) for name, linear in old.items()}
+    layout, last = shrunk.layout, shrunk.keep
+    moments = {
+        name: (optimizer.state[linear.lora_a], optimizer.state[linear.lora_b])
+        for name, linear in shrunk.linears.items()
+    }
     factors = slice_factors(layout, shrunk.factors(), last, keep)
     shrunk.keep = keep
     shrunk.load(factors)
@@ -201,17 +208,16 @@ def predict(model: Any, tokens: TokenSet, *, choices: list[int] | None, batch_si
 
     Args:
         model: A classifier, or a decoder.
-        tokens: The rows; a decoder's answers are not shown to it.
+        tokens: The rows; without their answers.
         choices: First token of each class's word for a decoder; None for a classifier.
         batch_size: Rows at a time.
     """
     predictions = np.zeros(len(tokens), dtype=np.int64)
-    for indices, batch in ordered_batches(tokens, batch_size):
+    for indices, input_ids, valid in prompt_batches(tokens, batch_size):
         if choices is None:
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.valid).logits
+            logits = model(input_ids=input_ids, attention_mask=valid).logits
         else:
-            hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            last = batch.valid.sum(1) - 1 - torch.from_numpy(tokens.answer_lengths[indices])
-            logits = model.get_output_embeddings()(hidden[torch.arange(len(last)), last])[:, choices]
+            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            logits = model.get_output_embeddings()(hidden[torch.arange(len(valid)), valid.sum(1) - 1])[:, choices]
         predictions[indices] = logits.argmax(dim=1).numpy()
     return predictions

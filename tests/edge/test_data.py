@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import questions, tiny_tokenizer
 
-from fedspine_edge.batches import Encoding, collate, ordered_batches, training_batches
+from fedspine_edge.batches import Encoding, collate, prompt_batches, training_batches
 from fedspine_edge.data import Example, load_examples, partition, split
 from fedspine_edge.errors import DataError
 
@@ -134,8 +134,10 @@ def test_a_decoder_learns_the_class_word_and_the_end_alone():
     # each answer is one word and the end of sequence, predicted from the token before
     assert batch.answer_ids.view(2, 2)[:, 1].tolist() == [2, 2]
     for row, column, target in zip(batch.answer_rows, batch.answer_columns, batch.answer_ids, strict=True):
-        assert batch.input_ids[row, column + 1] == target
-    assert int(batch.valid.sum()) == sum(len(tokens.rows[i]) for i in (0, 13))
+        assert tokens.rows[(0, 13)[row]][column + 1] == target
+    # the end of sequence is predicted and never shown
+    shown = [batch.input_ids[row][batch.valid[row]].tolist() for row in (0, 1)]
+    assert shown == [tokens.rows[i][:-1].tolist() for i in (0, 13)]
 
 
 def test_prompts_do_not_hold_the_answer():
@@ -153,7 +155,7 @@ def test_an_epoch_shows_every_row_once():
     _, tokens = encoded()
     batches = list(training_batches(tokens, batch_size=4, num_batches=6, seed=0))
     shown = sorted(batch.input_ids[i][batch.valid[i]].tolist() for batch in batches for i in range(4))
-    assert shown == sorted(row.tolist() for row in tokens.rows)
+    assert shown == sorted(row[:-1].tolist() for row in tokens.rows)
 
 
 def test_a_device_with_one_example_trains_on_it():
@@ -162,7 +164,12 @@ def test_a_device_with_one_example_trains_on_it():
     assert [batch.input_ids.shape[0] for batch in batches] == [1, 1, 1]
 
 
-def test_ordered_batches_show_every_row_once():
-    _, tokens = encoded(decoder=False)
-    seen = np.concatenate([indices for indices, _ in ordered_batches(tokens, 5)])
-    assert sorted(seen) == list(range(len(tokens)))
+@pytest.mark.parametrize("decoder", [False, True])
+def test_prompt_batches_show_every_prompt_once(decoder):
+    _, tokens = encoded(decoder)
+    shown = {
+        int(index): input_ids[row][valid[row]].tolist()
+        for indices, input_ids, valid in prompt_batches(tokens, 5)
+        for row, index in enumerate(indices)
+    }
+    assert shown == dict(enumerate(tokens.prompts()))

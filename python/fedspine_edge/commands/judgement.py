@@ -49,12 +49,12 @@ class ModelFiles:
 
 @dataclass(frozen=True)
 class _Judged:
-    """An exported file with what llama.cpp makes of it."""
+    """An exported file with what llama.cpp makes of it; held-out rows are answered by the last format of a model."""
 
     file: GgufFile
     dense: bool
     parity: Parity
-    predictions: np.ndarray
+    predictions: np.ndarray | None
 
 
 def judge_files(scene: Scene, models: Sequence[ModelFiles], live: LiveView) -> dict[str, Any]:
@@ -126,11 +126,15 @@ def _judge_decoder(
             quantization=quantization,
             name=name,
             tokenizer_gguf=Path(facts["tokenizer_gguf"]) if "tokenizer_gguf" in facts else None,
+            overwrite=True,
         )
         parity = compare_logits(reference, llama_logits(file.path, text, num_threads=usable_cores()))
         _reject_unless_equal(file, parity)
-        classes = classify(file.path, tokens.prompts(), scene.setup.choices, num_threads=usable_cores())
-        judged.append(_Judged(file, model.dense, parity, np.asarray(classes)))
+        predictions = None
+        if quantization == formats[-1]:
+            classes = classify(file.path, tokens.prompts(), scene.setup.choices, num_threads=usable_cores())
+            predictions = np.asarray(classes)
+        judged.append(_Judged(file, model.dense, parity, predictions))
     return judged
 
 
@@ -154,8 +158,8 @@ def _reject_unless_equal(file: GgufFile, parity: Parity) -> None:
         raise
 
 
-def _accuracy(entry: _Judged, tokens: TokenSet) -> float:
-    return float((entry.predictions == tokens.labels).mean())
+def _accuracy(entry: _Judged, tokens: TokenSet) -> float | None:
+    return None if entry.predictions is None else float((entry.predictions == tokens.labels).mean())
 
 
 def _export_record(entry: _Judged, tokens: TokenSet) -> dict[str, Any]:
@@ -208,7 +212,9 @@ def _median_and_range(samples: Sequence[float]) -> dict[str, float]:
     return {"median": float(np.median(samples)), "min": min(samples), "max": max(samples)}
 
 
-def _examples(scene: Scene, predictions: np.ndarray) -> list[dict[str, str]]:
+def _examples(scene: Scene, predictions: np.ndarray | None) -> list[dict[str, str]]:
+    if predictions is None:
+        return []
     shown = scene.split.held_out[:NUM_EXAMPLES]
     return [
         {"prompt": example.text, "expected": example.label, "answer": scene.encoding.classes[int(prediction)]}
