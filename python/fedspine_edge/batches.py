@@ -68,6 +68,41 @@ class Batch:
     answer_columns: Tensor
     answer_ids: Tensor
 
+    @property
+    def num_targets(self) -> int:
+        """What the loss is a mean over: learnt tokens, or rows."""
+        return len(self.answer_ids) or len(self.labels)
+
+    def parts(self, max_tokens: int) -> list[Batch]:
+        """Returns the batch in parts of at most `max_tokens` tokens, padding included, or of one row.
+
+        Rows of like length stay together, and each part is as wide as its own longest row.
+        """
+        if self.input_ids.numel() <= max_tokens:
+            return [self]
+        lengths = self.valid.sum(1)
+        groups: list[list[int]] = [[]]
+        for row in torch.argsort(lengths, stable=True).tolist():
+            if groups[-1] and (len(groups[-1]) + 1) * int(lengths[row]) > max_tokens:
+                groups.append([])
+            groups[-1].append(row)
+        return [self._rows(torch.tensor(group)) for group in groups]
+
+    def _rows(self, rows: Tensor) -> Batch:
+        width = int(self.valid[rows].sum(1).max())
+        position = torch.full((len(self.labels),), -1)
+        position[rows] = torch.arange(len(rows))
+        answer_rows = position[self.answer_rows]
+        mine = answer_rows >= 0
+        return Batch(
+            input_ids=self.input_ids[rows, :width],
+            valid=self.valid[rows, :width],
+            labels=self.labels[rows],
+            answer_rows=answer_rows[mine],
+            answer_columns=self.answer_columns[mine],
+            answer_ids=self.answer_ids[mine],
+        )
+
 
 @dataclass(frozen=True)
 class Encoding:

@@ -30,6 +30,9 @@ from fedspine_edge.shrink import BaseReader, Factors, install, positions_of, sli
 GRADIENT_CLIP = 1.0
 LOSS_WINDOW = 4
 MEAN_INPUT_EVERY = 4
+MAX_PART_TOKENS = (
+    256  # of a batch at once: bounds what is saved for the backward pass, whatever the batch and its texts
+)
 IMPORTANCE_EVERY = 2  # a measurement costs 14 % of a step at batch 8 x 20 tokens; every other step ranks members alike
 
 
@@ -136,9 +139,12 @@ def tune(
                 inputs.close(shrunk.keep)
                 optimizer = narrow(shrunk, keep, meter, optimizer, learning_rate)
                 inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
-        inputs.expect(batch.valid if measure and step % MEAN_INPUT_EVERY == 0 else None)
-        measured = measure and step % IMPORTANCE_EVERY == 1
-        losses.append(_step(shrunk, batch, optimizer, meter if measured else None))
+        watching = inputs if measure and step % MEAN_INPUT_EVERY == 0 else None
+        losses.append(_accumulate(shrunk.model, batch, optimizer, watching))
+        if measure and step % IMPORTANCE_EVERY == 1:
+            meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+        nn.utils.clip_grad_norm_(trainable_parameters(shrunk.model), GRADIENT_CLIP)
+        optimizer.step()
     window = max(1, min(LOSS_WINDOW, len(losses) // 2))
     return Tuned(
         loss_before=float(np.mean(losses[:window])),
@@ -148,18 +154,21 @@ def tune(
     )
 
 
-def _step(shrunk: ShrunkModel, batch: Batch, optimizer: torch.optim.Optimizer, meter: ImportanceMeter | None) -> float:
+def _accumulate(model: Any, batch: Batch, optimizer: torch.optim.Optimizer, inputs: MeanInputMeter | None) -> float:
+    """Leaves the gradient of a batch's mean loss in the parameters, and returns the loss."""
     optimizer.zero_grad(set_to_none=True)
-    loss = loss_of(shrunk.model, batch)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise TuningError(f"expected a finite loss, found {value}", hint="lower the learning rate")
-    torch.autograd.backward(loss)
-    if meter is not None:
-        meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
-    nn.utils.clip_grad_norm_(trainable_parameters(shrunk.model), GRADIENT_CLIP)
-    optimizer.step()
-    return value
+    total = 0.0
+    for part in batch.parts(MAX_PART_TOKENS):
+        if inputs is not None:
+            inputs.expect(part.valid)
+        loss = loss_of(model, part) * (part.num_targets / batch.num_targets)
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            raise TuningError(f"expected a finite loss, found {total}", hint="lower the learning rate")
+        torch.autograd.backward(loss)
+        if inputs is not None:
+            inputs.expect(None)
+    return total
 
 
 def _optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:

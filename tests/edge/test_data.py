@@ -158,6 +158,26 @@ def test_an_epoch_shows_every_row_once():
     assert shown == sorted(row[:-1].tolist() for row in tokens.rows)
 
 
+@pytest.mark.parametrize("decoder", [False, True])
+def test_the_parts_of_a_batch_are_its_rows_within_the_limit(decoder):
+    _, tokens = encoded(decoder)
+    batch = collate(tokens, np.array([5, 0, 13, 2, 9]))
+    parts = batch.parts(14)
+    assert len(parts) > 1
+    assert all(part.input_ids.numel() <= 14 or len(part.labels) == 1 for part in parts)
+    assert sum(part.num_targets for part in parts) == batch.num_targets
+    assert sorted(rows_of(batch)) == sorted(row for part in parts for row in rows_of(part))
+    assert batch.parts(10_000) == [batch]
+
+
+def rows_of(batch):
+    """Each row's tokens, class, and what is predicted where."""
+    for row in range(len(batch.labels)):
+        mine = batch.answer_rows == row
+        answers = list(zip(batch.answer_columns[mine].tolist(), batch.answer_ids[mine].tolist(), strict=True))
+        yield batch.input_ids[row][batch.valid[row]].tolist(), int(batch.labels[row]), answers
+
+
 def test_a_device_with_one_example_trains_on_it():
     _, tokens = encoded()
     batches = list(training_batches(tokens.take(np.array([3])), batch_size=8, num_batches=3, seed=0))

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from tiny import questions, tiny_tokenizer
 
@@ -11,12 +12,13 @@ from fedspine_edge.tuning import loss_of, narrow, tune
 from fedspine_edge.workbench import open_workbench
 
 
-def fitted(path, rank=3):
-    bench = open_workbench(path, sha256=None, num_labels=2, choices=[10, 11])
+def fitted(path, rank=3, decoder=True):
+    bench = open_workbench(path, sha256=None, num_labels=2, choices=[10, 11] if decoder else None)
     generator = torch.Generator().manual_seed(2)
     factors = {m.name: fresh_factors(m.out_features, m.in_features, rank, generator) for m in bench.layout.matrices}
     shrunk = bench.fit(keep_all(bench.layout), factors, scaling=2.0, mean_inputs={})
-    encoding = Encoding(tiny_tokenizer(decoder=True), ("human", "number"), "{text} Label:")
+    prompt = "{text} Label:" if decoder else None
+    encoding = Encoding(tiny_tokenizer(decoder=decoder), ("human", "number"), prompt)
     tokens = encoding.encode([Example(*pair) for pair in questions()])
     return shrunk, list(training_batches(tokens, batch_size=6, num_batches=10, seed=0))
 
@@ -96,3 +98,20 @@ def test_a_measurement_that_is_not_finite_is_skipped_and_counted(tiny_models):
     meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
     assert meter.num_skipped == 1
     assert all(np.array_equal(before[name], meter.scores[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_batch_in_parts_leaves_the_gradient_of_the_whole(family, tiny_models, monkeypatch):
+    def gradients(max_part_tokens):
+        monkeypatch.setattr("fedspine_edge.tuning.MAX_PART_TOKENS", max_part_tokens)
+        shrunk, batches = fitted(tiny_models[family], decoder=family == "llama")
+        tuned = tune(shrunk, batches[:1], learning_rate=0.0, prune_interval=99, narrower=never)
+        return tuned.loss_before, tuned.mean_inputs, [p.grad for p in trainable_parameters(shrunk.model)]
+
+    whole_loss, whole_inputs, whole = gradients(10_000)
+    loss, inputs, parts = gradients(20)
+    np.testing.assert_allclose(loss, whole_loss, rtol=1e-5)
+    for name, mean in whole_inputs.items():
+        np.testing.assert_allclose(inputs[name], mean, atol=1e-3)
+    for part, of_whole in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, of_whole, rtol=1e-3, atol=1e-6)

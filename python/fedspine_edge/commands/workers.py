@@ -103,9 +103,10 @@ class Workers:
         # glibc otherwise keeps the last round's packed weights: 1.9 GB instead of 1.55 GB a worker on SmolLM2-135M.
         os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "2097152")
         os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-        self._pool = ProcessPoolExecutor(
-            num_workers, multiprocessing.get_context("spawn"), initializer=_start, initargs=(setup,)
-        )
+        # One process loads torch and forks the workers: they start together and share its pages.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        self._pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(setup,))
 
     def __enter__(self) -> Workers:
         return self
