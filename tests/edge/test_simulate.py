@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from tiny import questions
 
@@ -113,6 +114,26 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_result(experiment, tmp_p
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
     assert resumed["accuracy"] == whole["accuracy"]
     assert (tmp_path / "cut" / "rounds.jsonl").read_bytes() == (tmp_path / "whole" / "rounds.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_program_leaves_no_workers_behind(experiment, tmp_path):
+    path = experiment(top="dense_reference = false", run="")
+    process = subprocess.Popen(
+        [*PROGRAM, "simulate", str(path), "--rounds", "200", "--out", "cut", "--workers", "2", "--quiet"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    state = tmp_path / "cut" / "state"
+    limit = time.monotonic() + 60
+    while not (state.is_dir() and list(state.glob("round-*.safetensors"))):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -61,6 +62,7 @@ _worker: list[_Worker] = []  # filled once in each worker process, by `_start`
 
 
 def _start(setup: WorkerSetup) -> None:
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     # Ctrl-C goes to the whole process group; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -68,6 +70,14 @@ def _start(setup: WorkerSetup) -> None:
         setup.base_path, sha256=setup.base_sha256, num_labels=setup.num_labels, choices=setup.choices
     )
     _worker.append(_Worker(setup, bench))
+
+
+def _end_with_parent() -> None:
+    """A killed program must not leave workers behind that hold memory and wait for tasks forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _tune(assignment: Assignment, state_folder: Path) -> Update | None:
