@@ -2,6 +2,7 @@
 #
 #   make demo                     the main job: federate, prune, tune, export, run in llama.cpp
 #   make test                     every test, C++ ones under the sanitizers included
+#   make test-export              SmolLM2-135M pruned four ways, in every runtime: minutes
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -20,7 +21,7 @@ LLAMA := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements/l
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-export lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -29,6 +30,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest
 	$(RUN) sh tests/csrc/run.sh
+
+test-export: $(VENV)/.installed $(VENV)/.dev
+	$(RUN) $(BIN)/python -m pytest -m matrix tests/edge/test_export_real.py
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .

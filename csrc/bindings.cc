@@ -91,6 +91,16 @@ void Score(const LinearShape& shape, Address panels, Address lora_a, Address lor
   kernels.importance(args, Scratch(kernels.importance_scratch(shape)));
 }
 
+void CheckRows(Index tokens, Index features, int num_threads) {
+  Require(tokens >= 1 && features >= 1, "expected at least one token and one feature");
+  Require(num_threads >= 1, "expected at least one thread");
+}
+
+void CheckElements(Index size, int num_threads) {
+  Require(size >= 1, "expected at least one element");
+  Require(num_threads >= 1, "expected at least one thread");
+}
+
 KeptMatrix Kept(Address data, Index stride, Address keep_rows, Address keep_columns, Index rows,
                 Index columns) {
   return {In(data),
@@ -151,6 +161,44 @@ PYBIND11_MODULE(_native, m) {
          Address out, int num_threads) {
         fedspine::Score({1, in_features, out_features, rank}, panels, lora_a, lora_b, dlora_a,
                         dlora_b, scaling, by_output, out, num_threads);
+      },
+      Unlocked());
+  m.def(
+      "rms_norm_forward",
+      [](Index tokens, Index features, Address x, Address weight, float epsilon, Address y,
+         Address rstd, int num_threads) {
+        fedspine::CheckRows(tokens, features, num_threads);
+        fedspine::Kernels().rms_norm_forward({tokens, features, fedspine::In(x),
+                                              fedspine::In(weight), epsilon, fedspine::Out(y),
+                                              fedspine::Out(rstd), num_threads});
+      },
+      Unlocked());
+  m.def(
+      "rms_norm_backward",
+      [](Index tokens, Index features, Address dy, Address x, Address weight, Address rstd,
+         Address dx, int num_threads) {
+        fedspine::CheckRows(tokens, features, num_threads);
+        fedspine::Kernels().rms_norm_backward({tokens, features, fedspine::In(dy), fedspine::In(x),
+                                               fedspine::In(weight), fedspine::In(rstd),
+                                               fedspine::Out(dx), num_threads});
+      },
+      Unlocked());
+  m.def(
+      "swiglu_forward",
+      [](Index size, Address gate, Address up, Address y, int num_threads) {
+        fedspine::CheckElements(size, num_threads);
+        fedspine::Kernels().swiglu_forward(
+            {size, fedspine::In(gate), fedspine::In(up), fedspine::Out(y), num_threads});
+      },
+      Unlocked());
+  m.def(
+      "swiglu_backward",
+      [](Index size, Address dy, Address gate, Address up, Address dgate, Address dup,
+         int num_threads) {
+        fedspine::CheckElements(size, num_threads);
+        fedspine::Kernels().swiglu_backward({size, fedspine::In(dy), fedspine::In(gate),
+                                             fedspine::In(up), fedspine::Out(dgate),
+                                             fedspine::Out(dup), num_threads});
       },
       Unlocked());
   m.def(

@@ -4,6 +4,8 @@
 
 #include "importance.h"
 #include "lora_linear.h"
+#include "rms_norm.h"
+#include "swiglu.h"
 
 namespace fedspine {
 
@@ -16,6 +18,10 @@ struct KernelTable {
   void (*lora_linear_backward)(const LoraLinearBackwardArgs& args, float* scratch);
   Index (*importance_scratch)(const LinearShape& shape);
   void (*importance)(const ImportanceArgs& args, float* scratch);
+  void (*rms_norm_forward)(const RmsNormForwardArgs& args);
+  void (*rms_norm_backward)(const RmsNormBackwardArgs& args);
+  void (*swiglu_forward)(const SwigluForwardArgs& args);
+  void (*swiglu_backward)(const SwigluBackwardArgs& args);
 };
 
 // Targets this CPU runs, best first; ends with a null.

@@ -3,6 +3,8 @@
 #include "isa.h"
 #include "lora_linear_backward-inl.h"
 #include "lora_linear_forward-inl.h"
+#include "rms_norm-inl.h"
+#include "swiglu-inl.h"
 
 #define FEDSPINE_STRING(text) #text
 #define FEDSPINE_NAME(target) FEDSPINE_STRING(target)
@@ -19,6 +21,10 @@ const KernelTable& Table() {
       LoraLinearBackward,
       ImportanceScratchFloats,
       Importance,
+      RmsNormForward,
+      RmsNormBackward,
+      SwigluForward,
+      SwigluBackward,
   };
   return kTable;
 }

@@ -48,7 +48,8 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         fill(partial)
-        partial.chmod(0o755)
+        for entry in (partial, *partial.rglob("*")):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
         if path.exists():
             shutil.rmtree(path)
         partial.replace(path)

@@ -22,8 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers import AutoTokenizer as Tokenizer
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
+from fedspine_edge.fused import fuse
 from fedspine_edge.protocol import Layout
 from fedspine_edge.shrink import BaseReader
+from fedspine_edge.sources import packaged_facts
 from fedspine_edge.structure import Family, family_of, layout_of
 
 TASK_HEAD_STD = 0.02
@@ -81,10 +83,15 @@ class BaseModel:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer stored beside the weights."""
-        try:
-            return Tokenizer.from_pretrained(self.path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"expected a tokenizer in {self.path}: {error}") from error
+        return load_tokenizer(self.path)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in a directory; raises CheckpointError when there is none."""
+    try:
+        return Tokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"expected a tokenizer in {path}: {error}") from error
 
 
 def open_base(path: Path, *, sha256: str | None = None) -> BaseModel:
@@ -159,6 +166,7 @@ def instantiate(base: BaseModel, *, num_labels: int | None, seed: int) -> tuple[
     _load_parameters(model, base, shells, seed)
     model.tie_weights()
     model.requires_grad_(False)
+    fuse(model)
     task_head = [(name, p) for name, p in model.named_parameters() if name.startswith(family.task_head)]
     for _, parameter in task_head:
         parameter.requires_grad_(True)
@@ -196,6 +204,6 @@ def _fresh_parameter(base: BaseModel, name: str, parameter: Tensor, generator: t
 
 
 def base_facts(path: Path) -> dict[str, Any]:
-    """Returns what `fedspine_base.json` says of a base's origin; empty where there is none."""
+    """Returns what is known of a base's origin (`fedspine_base.json`, or the package it rides in); empty otherwise."""
     file = path / "fedspine_base.json"
-    return dict(json.loads(file.read_text())) if file.is_file() else {}
+    return dict(json.loads(file.read_text())) if file.is_file() else packaged_facts(path)

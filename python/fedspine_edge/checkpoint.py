@@ -1,8 +1,8 @@
 """A pruned model's directory, and what a device remembers, on disk.
 
-Comes in: the global adapter at a mask, or a device's state. Goes out: a directory of the unpruned model's config, the
-merged and shrunk weights under their usual names, the tokenizer and `fedspine_prune.json`; or one safetensors file a
-device and round. Written whole or not at all; no pickle.
+Comes in: the global adapter at a mask, or a device's state. Goes out: a directory that transformers loads (config, the
+merged and shrunk weights under their usual names, tokenizer) with `fedspine_prune.json`, which tells what was kept and
+how wide the model was; or one safetensors file a device and round. Written whole or not at all; no pickle.
 
 Source: safetensors format description; docs/protocol.md, section on files.
 """
@@ -28,8 +28,9 @@ from fedspine_edge.atomic import write_bytes, write_directory
 from fedspine_edge.base_model import BaseModel, base_facts, open_base
 from fedspine_edge.device import DeviceState
 from fedspine_edge.errors import CheckpointError
+from fedspine_edge.hf.directory import unpruned_widths, write_config
 from fedspine_edge.lora import merged_weight, replace_module
-from fedspine_edge.masks import Keep
+from fedspine_edge.masks import Keep, keep_all
 from fedspine_edge.protocol import Layout
 from fedspine_edge.shrink import fit_attention, shrunk_parts
 from fedspine_edge.structure import layout_of
@@ -41,8 +42,18 @@ KEPT_STATES = 2
 MATRIX_DIMENSIONS = 2
 
 
-def save_pruned(path: Path, base: BaseModel, layout: Layout, world: GlobalModel, *, mode: str) -> None:
-    """Writes the merged, shrunk model as a directory.
+def save_pruned(
+    path: Path,
+    base: BaseModel,
+    layout: Layout,
+    world: GlobalModel,
+    *,
+    mode: str,
+    task: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the merged, shrunk model as a directory that `from_pretrained` loads.
+
+    With different widths in its layers, and for an encoder that lost heads, that needs `trust_remote_code=True`.
 
     Args:
         path: Final name; one of that name is replaced.
@@ -50,6 +61,7 @@ def save_pruned(path: Path, base: BaseModel, layout: Layout, world: GlobalModel,
         layout: Its layout.
         world: The global adapter at a mask.
         mode: `uniform` or `per-layer`, for the record.
+        task: What it was tuned for, for the record: `classes`, and a decoder's `prompt`.
 
     Raises:
         CheckpointError: The disk is full; nothing half-written stays.
@@ -57,8 +69,10 @@ def save_pruned(path: Path, base: BaseModel, layout: Layout, world: GlobalModel,
 
     def fill(partial: Path) -> None:
         tensors = merged_tensors(base, layout, world)
+        lineage = _lineage(base, layout, world)
+        kept = _keep_of(lineage)
+        tensors |= write_config(partial, base.config, kept, tensors, [matrix.name for matrix in layout.matrices])
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        base.config.save_pretrained(partial)
         for file in base.path.iterdir():
             if file.name.startswith(("tokenizer", "vocab", "special_tokens", "chat_template", "merges")):
                 shutil.copyfile(file, partial / file.name)
@@ -67,16 +81,30 @@ def save_pruned(path: Path, base: BaseModel, layout: Layout, world: GlobalModel,
             "parent_sha256": base.sha256,
             "criterion": "LoRA-guided importance, agreed over the fleet",
             "mode": mode,
-            "sparsity": world.sparsity(layout),
-            "groups": {
-                group.name: {"num_members": group.num_members, "kept": world.keep[group.name].tolist()}
-                for group in layout.groups
-            },
-            "base": base_facts(base.path),
+            **lineage,
         }
+        if task is not None:
+            document["task"] = dict(task)
         (partial / PRUNE_FILE).write_text(json.dumps(document) + "\n")
 
     write_directory(path, fill)
+
+
+def _lineage(base: BaseModel, layout: Layout, world: GlobalModel) -> dict[str, Any]:
+    """What was kept of the very first model, in its numbering, also where the base had been pruned before."""
+    earlier = read_prune_file(base.path)
+    groups = {}
+    for group in layout.groups:
+        before = earlier.get("groups", {}).get(group.name)
+        members = np.arange(group.num_members) if before is None else np.asarray(before["kept"])
+        total = group.num_members if before is None else before["num_members"]
+        groups[group.name] = {"num_members": total, "kept": members[world.keep[group.name]].tolist()}
+    return {
+        "sparsity": 1 - (1 - earlier.get("sparsity", 0.0)) * (1 - world.sparsity(layout)),
+        "unpruned": earlier.get("unpruned") or unpruned_widths(base.config),
+        "groups": groups,
+        "base": earlier.get("base") or base_facts(base.path),
+    }
 
 
 def merged_tensors(base: BaseModel, layout: Layout, world: GlobalModel) -> dict[str, Tensor]:
@@ -96,9 +124,10 @@ def merged_tensors(base: BaseModel, layout: Layout, world: GlobalModel) -> dict[
             tensors[f"{matrix.name}.bias"] = bias
     task_head = {name: torch.from_numpy(value) for name, value in world.task_head.items()}
     prefix = base.family.layers.split(".")[0] + "."
+    whole = ("",) if base.family.task == "decoder" else (prefix, *base.family.task_head)
     for stored in base.files:
         if stored not in stored_shells:
-            name = stored if base.family.task == "decoder" or stored.startswith(prefix) else prefix + stored
+            name = stored if stored.startswith(whole) else prefix + stored
             tensors.setdefault(name, base.read(stored))
     return {name: _as_stored(tensor) for name, tensor in (tensors | task_head).items()}
 
@@ -134,7 +163,9 @@ def load_pruned(path: Path) -> nn.Module:
     if empty:
         raise CheckpointError(f"expected tensor {empty[0]} in {path}, found none of that name")
     if document:
-        fit_attention(model, layout, _keep_of(document))
+        # Heads are in the unpruned model's numbering unless the config, and with it the layout, knows them.
+        known = hasattr(base.config, "position_bias_heads")
+        fit_attention(model, layout, keep_all(layout) if known else _keep_of(document))
     loaded: nn.Module = model.requires_grad_(False).eval()
     return loaded
 

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fedspine_edge.cli_model import commands as model_commands
 from fedspine_edge.errors import FedSpineError, InterruptedRunError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(model_commands)
 
 
 @app.callback()

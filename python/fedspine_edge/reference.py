@@ -3,13 +3,15 @@
 Tensors in, tensors out; differentiable by autograd; nothing is checked here. Shape letters: T tokens, I in, O out,
 R rank, K kept.
 
-Source: LoRA (arXiv 2106.09685) for the layer; LoRAPrune (arXiv 2305.18403) for the importance.
+Source: LoRA (arXiv 2106.09685) for the layer; LoRAPrune (arXiv 2305.18403) for the importance; RMSNorm
+(arXiv 1910.07467); SwiGLU (arXiv 2002.05202).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 PANEL_WIDTH = 32
 
@@ -112,3 +114,22 @@ def importance(
     gradient = torch.cat([grad_b, lora_b], dim=1) @ torch.cat([lora_a - grad_a, grad_a], dim=0)
     scores = (gradient * (weight + scaling * lora_b @ lora_a)).abs()
     return scores.sum(dim=1 if axis == "out" else 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
+    """Returns x / sqrt(mean(x^2) + epsilon) * weight, the mean over the last dimension.
+
+    Args:
+        x: [..., I].
+        weight: [I].
+        epsilon: What keeps the root above zero.
+
+    Returns:
+        [..., I].
+    """
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon))
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Returns silu(gate) * up = gate / (1 + exp(-gate)) * up, of any one shape."""
+    return functional.silu(gate) * up

@@ -147,9 +147,11 @@ def fit_attention(model: nn.Module, layout: Layout, keep: Mapping[str, np.ndarra
     family = family_of(config)
     if family.position_bias is None:
         return
+    earlier = getattr(config, "position_bias_heads", None)  # of a model that was pruned before
     for layer in range(int(getattr(config, family.num_layers))):
         attention: Any = model.get_submodule(f"{family.layers.format(layer)}.{family.position_bias}")
         heads = torch.from_numpy(keep[f"layers.{layer}.heads"].astype(np.int64))
+        heads = heads if earlier is None else torch.tensor(earlier[layer])[heads]
         attention.all_head_size = len(heads) * attention.attention_head_size
         _select_position_bias(attention, heads)
 

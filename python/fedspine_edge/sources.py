@@ -68,6 +68,14 @@ def packaged_file(package: str, file: str) -> Path:
     return path
 
 
+def packaged_facts(path: Path) -> dict[str, Any]:
+    """Returns name and licence of the packaged model that lies in a directory; empty for any other."""
+    for packaged in MODELS.values():
+        if path.parts[-len(Path(packaged.file).parent.parts) :] == Path(packaged.file).parent.parts:
+            return {"name": packaged.name, "license": packaged.license}
+    return {}
+
+
 def model_directory(model: str, cache: Path) -> Path:
     """Returns the directory of a base model, unpacking a GGUF base into the cache the first time.
 

@@ -129,10 +129,10 @@ def family_of(config: Any) -> Family:
 
 
 def layout_of(config: Any, *, base_sha256: str, task_head: tuple[tuple[str, tuple[int, ...]], ...] = ()) -> Layout:
-    """Returns the layout of a model.
+    """Returns the layout of a model; of one that was pruned before, the layout of what it has left.
 
     Args:
-        config: A transformers config of a known family.
+        config: A transformers config of a known family; with `pruned_linears` where its layers differ in width.
         base_sha256: Hash of the base model's weights.
         task_head: Name and shape of each densely trained parameter.
 
@@ -153,18 +153,14 @@ def layout_of(config: Any, *, base_sha256: str, task_head: tuple[tuple[str, tupl
 
 
 def _layer(config: Any, family: Family, layer: int) -> tuple[list[Group], list[Matrix]]:
-    hidden = int(getattr(config, family.hidden_size))
-    num_heads = int(getattr(config, family.num_heads))
-    num_kv_heads = int(getattr(config, family.num_kv_heads, None) or num_heads)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // num_heads)
-    ffn_size = int(getattr(config, family.ffn_size))
-    if num_heads % num_kv_heads:
-        raise IncompatibleError(f"expected query heads in equal KV groups, found {num_heads} over {num_kv_heads}")
-    query, kv = num_heads * head_dim, num_kv_heads * head_dim
-    path, heads, ffn = family.layers.format(layer), f"layers.{layer}.heads", f"layers.{layer}.ffn"
+    hidden, path = int(getattr(config, family.hidden_size)), family.layers.format(layer)
+    widths = _widths(config, family, path)
+    query, kv = widths.num_heads * widths.head_dim, widths.num_kv_heads * widths.head_dim
+    heads, ffn = f"layers.{layer}.heads", f"layers.{layer}.ffn"
+    per_channel = hidden * (len(family.ffn_in) + 1)
     groups = [
-        Group(heads, "heads", num_kv_heads, 1, hidden * (2 * query + 2 * kv) // num_kv_heads),
-        Group(ffn, "ffn", ffn_size, _ffn_block(family, ffn_size), hidden * (len(family.ffn_in) + 1)),
+        Group(heads, "heads", widths.num_kv_heads, 1, hidden * (2 * query + 2 * kv) // widths.num_kv_heads),
+        Group(ffn, "ffn", widths.ffn_size, _ffn_block(family, widths.ffn_size), per_channel),
     ]
     q, k, v = family.attention_in
     matrices = [
@@ -172,10 +168,32 @@ def _layer(config: Any, family: Family, layer: int) -> tuple[list[Group], list[M
         Matrix(f"{path}.{k}", kv, hidden, heads, None),
         Matrix(f"{path}.{v}", kv, hidden, heads, None),
         Matrix(f"{path}.{family.attention_out}", hidden, query, None, heads),
-        *(Matrix(f"{path}.{name}", ffn_size, hidden, ffn, None) for name in family.ffn_in),
-        Matrix(f"{path}.{family.ffn_out}", hidden, ffn_size, None, ffn),
+        *(Matrix(f"{path}.{name}", widths.ffn_size, hidden, ffn, None) for name in family.ffn_in),
+        Matrix(f"{path}.{family.ffn_out}", hidden, widths.ffn_size, None, ffn),
     ]
     return groups, matrices
+
+
+@dataclass(frozen=True)
+class _Widths:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_size: int
+
+
+def _widths(config: Any, family: Family, path: str) -> _Widths:
+    """A layer's own widths: the config's, unless the config lists the shape of each linear."""
+    num_heads = int(getattr(config, family.num_heads))
+    num_kv_heads = int(getattr(config, family.num_kv_heads, None) or num_heads)
+    head_dim = int(getattr(config, "head_dim", None) or int(getattr(config, family.hidden_size)) // num_heads)
+    if num_heads % num_kv_heads:
+        raise IncompatibleError(f"expected query heads in equal KV groups, found {num_heads} over {num_kv_heads}")
+    shapes = getattr(config, "pruned_linears", None)
+    if shapes is None:
+        return _Widths(num_heads, num_kv_heads, head_dim, int(getattr(config, family.ffn_size)))
+    q, k, _ = (shapes[f"{path}.{name}"][0] for name in family.attention_in)
+    return _Widths(q // head_dim, k // head_dim, head_dim, shapes[f"{path}.{family.ffn_in[0]}"][0])
 
 
 def _ffn_block(family: Family, ffn_size: int) -> int:

@@ -9,7 +9,7 @@ Source: FedSpine (arXiv 2501.02438), local fine-tuning with pruning every H iter
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +114,7 @@ def tune(
     prune_interval: int,
     narrower: Callable[[int, ImportanceMeter], Keep | None],
     measure: bool = True,
+    own_mean_inputs: bool = False,
 ) -> Tuned:
     """Tunes a model in place.
 
@@ -125,6 +126,8 @@ def tune(
         narrower: Called after every H iterations with how many prunings came before and the importance so far; returns
             what to keep from then on, or None to leave the model as it is.
         measure: Whether importance and mean inputs are measured.
+        own_mean_inputs: Whether removed members are stood in for by the mean inputs measured here, rather than by those
+            the model came with.
 
     Raises:
         TuningError: The loss is not finite.
@@ -136,7 +139,9 @@ def tune(
         if step and step % prune_interval == 0:
             keep = narrower(step // prune_interval - 1, meter)
             if keep is not None:
-                inputs.close(shrunk.keep)
+                measured = inputs.close(shrunk.keep)
+                if own_mean_inputs:
+                    shrunk.mean_inputs = updated_means(shrunk.mean_inputs, measured)
                 optimizer = narrow(shrunk, keep, meter, optimizer, learning_rate)
                 inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
         watching = inputs if measure and step % MEAN_INPUT_EVERY == 0 else None
@@ -152,6 +157,14 @@ def tune(
         importance=meter.scores,
         mean_inputs=inputs.close(shrunk.keep),
     )
+
+
+def updated_means(old: Mapping[str, np.ndarray], fresh: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns mean inputs with the fresh ones in place of the old, except where these are NaN."""
+    return {
+        **old,
+        **{name: np.where(np.isnan(mean), old[name], mean) if name in old else mean for name, mean in fresh.items()},
+    }
 
 
 def _accumulate(model: Any, batch: Batch, optimizer: torch.optim.Optimizer, inputs: MeanInputMeter | None) -> float:

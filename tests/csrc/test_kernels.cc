@@ -239,6 +239,114 @@ void TestImportanceMatchesPlainLoops() {
   }
 }
 
+void TestRmsNormMatchesPlainLoops() {
+  constexpr float kEpsilon = 1e-2f;  // Large, so that one feature alone does not cancel.
+  for (const Index tokens : {1, 7, 301}) {
+    for (const Index features : {1, 7, 15, 64, 97, 577}) {
+      const Floats x = Draw(tokens * features, 1), weight = Draw(features, 2);
+      const Floats dy = Draw(tokens * features, 3);
+      Doubles rstd, y(x.size()), dx(x.size());
+      for (Index t = 0; t < tokens; ++t) {
+        double squares = 0, along_x = 0;
+        const auto at = [&](const Floats& values, Index i) {
+          return static_cast<double>(values[Size(t * features + i)]);
+        };
+        const auto w = [&](Index i) { return static_cast<double>(weight[Size(i)]); };
+        for (Index i = 0; i < features; ++i) squares += at(x, i) * at(x, i);
+        for (Index i = 0; i < features; ++i) along_x += w(i) * at(dy, i) * at(x, i);
+        const double count = static_cast<double>(features);
+        rstd.push_back(1 / std::sqrt(squares / count + static_cast<double>(kEpsilon)));
+        along_x *= rstd.back() * rstd.back() / count;
+        for (Index i = 0; i < features; ++i) {
+          y[Size(t * features + i)] = at(x, i) * rstd.back() * w(i);
+          dx[Size(t * features + i)] = rstd.back() * (w(i) * at(dy, i) - at(x, i) * along_x);
+        }
+      }
+      const std::string where = Describe("norm", {tokens, features, features, 0}, 1);
+      Floats first_y, first_dx;
+      for (const int threads : {1, 2, 5}) {
+        Floats out_rstd(Size(tokens)), out_y(x.size()), unsaved_y(x.size()), out_dx(x.size());
+        const fedspine::KernelTable& kernels = fedspine::Kernels();
+        kernels.rms_norm_forward({tokens, features, x.data(), weight.data(), kEpsilon, out_y.data(),
+                                  out_rstd.data(), threads});
+        kernels.rms_norm_forward({tokens, features, x.data(), weight.data(), kEpsilon,
+                                  unsaved_y.data(), nullptr, threads});
+        kernels.rms_norm_backward({tokens, features, dy.data(), x.data(), weight.data(),
+                                   out_rstd.data(), out_dx.data(), threads});
+        if (threads == 1) {
+          ExpectClose(out_rstd, rstd, where + " rstd");
+          ExpectClose(out_y, y, where + " y");
+          ExpectClose(out_dx, dx, where + " dx");
+          first_y = out_y;
+          first_dx = out_dx;
+        }
+        if (out_y != first_y || unsaved_y != first_y || out_dx != first_dx) {
+          Fail(where + " bits differ");
+        }
+      }
+    }
+  }
+}
+
+void TestSwigluMatchesPlainLoops() {
+  for (const Index size : {1, 7, 16, 97, 100003}) {
+    Floats gate = Draw(size, 1);
+    const Floats up = Draw(size, 2), dy = Draw(size, 3);
+    for (float& value : gate) value *= 8;
+    Doubles y(up.size()), dgate(up.size()), dup(up.size());
+    for (std::size_t i = 0; i < up.size(); ++i) {
+      const double g = static_cast<double>(gate[i]), u = static_cast<double>(up[i]);
+      const double d = static_cast<double>(dy[i]), s = 1 / (1 + std::exp(-g));
+      y[i] = g * s * u;
+      dgate[i] = d * u * s * (1 + g * (1 - s));
+      dup[i] = d * g * s;
+    }
+    const std::string where = "gate N=" + std::to_string(size);
+    Floats first_y, first_dgate;
+    for (const int threads : {1, 2, 5}) {
+      Floats out_y(up.size()), out_dgate(up.size()), out_dup(up.size());
+      const fedspine::KernelTable& kernels = fedspine::Kernels();
+      kernels.swiglu_forward({size, gate.data(), up.data(), out_y.data(), threads});
+      kernels.swiglu_backward(
+          {size, dy.data(), gate.data(), up.data(), out_dgate.data(), out_dup.data(), threads});
+      ExpectClose(out_y, y, where + " y");
+      ExpectClose(out_dgate, dgate, where + " dgate");
+      ExpectClose(out_dup, dup, where + " dup");
+      if (threads == 1) {
+        first_y = out_y;
+        first_dgate = out_dgate;
+      }
+      if (out_y != first_y || out_dgate != first_dgate) Fail(where + " bits differ");
+    }
+  }
+}
+
+// exp is seen through a gate of -x: x / (1 + exp(-x)), to three ulp where that is a normal number.
+void TestExponentialFromEndToEnd() {
+  constexpr Index kSize = 40001;
+  Floats gate(Size(kSize)), y(Size(kSize));
+  const Floats up(Size(kSize), 1.0f);
+  for (Index i = 0; i < kSize; ++i) gate[Size(i)] = static_cast<float>(i) * 0.005f - 84.0f;
+  fedspine::Kernels().swiglu_forward({kSize, gate.data(), up.data(), y.data(), 1});
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    const double g = static_cast<double>(gate[i]), exact = g / (1 + std::exp(-g));
+    const double error = std::fabs(static_cast<double>(y[i]) - exact);
+    if (!(error <= 3 * std::fabs(exact) / 8388608)) Fail("exp at " + std::to_string(-g));
+  }
+  const float huge = 3e38f, nan = std::nanf("");
+  const Floats far = {-huge, huge, -104.5f, nan, 0.0f}, one(5, 1.0f);
+  Floats out(5), dgate(5), dup(5);
+  fedspine::Kernels().swiglu_forward({5, far.data(), one.data(), out.data(), 1});
+  if (out[0] != 0 || out[1] != huge || out[2] != 0 || !std::isnan(out[3]) || out[4] != 0) {
+    Fail("gate at the ends");
+  }
+  fedspine::Kernels().swiglu_backward(
+      {5, one.data(), far.data(), one.data(), dgate.data(), dup.data(), 1});
+  if (dgate[0] != 0 || dgate[1] != 1 || dgate[2] != 0 || !std::isnan(dgate[3])) {
+    Fail("slope of the gate at the ends");
+  }
+}
+
 void TestGatherAndPack() {
   const Floats matrix = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};  // [3, 4]
   const std::vector<std::int64_t> rows = {0, 2}, columns = {1, 3};
@@ -266,6 +374,9 @@ int main() {
     TestLayerMatchesPlainLoops();
     TestThreadsDoNotChangeABit();
     TestImportanceMatchesPlainLoops();
+    TestRmsNormMatchesPlainLoops();
+    TestSwigluMatchesPlainLoops();
+    TestExponentialFromEndToEnd();
     std::printf("%s done\n", (*table)->name);
   }
   if (fedspine::UseKernels("abacus")) Fail("an unknown target was taken");

@@ -60,7 +60,10 @@ def save_decoder(
     pre: str = "smollm",
     **config: Any,
 ) -> Path:
-    """Writes a random decoder that keeps the last (KV heads, FFN channels) of each layer, and returns the folder."""
+    """Writes a random decoder that keeps the last (KV heads, FFN channels) of each layer, and returns the folder.
+
+    With `DENSE` nothing is dropped, whatever sizes `config` asks for.
+    """
     torch.manual_seed(0)
     settings = CONFIGS[family](**config)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
@@ -71,9 +74,10 @@ def save_decoder(
     tensors = dict(model.state_dict())
     if settings.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    for layer, (heads, channels) in enumerate(widths):
+    for layer, (heads, channels) in enumerate(() if widths is DENSE else widths):
         _shrink_layer(tensors, f"model.layers.{layer}", settings, heads, channels)
-        if biased:
+    if biased:
+        for layer in range(settings.num_hidden_layers):
             for matrix in ("self_attn.o_proj", "mlp.down_proj"):
                 tensors[f"model.layers.{layer}.{matrix}.bias"] = torch.randn(settings.hidden_size) * 0.3
     folder.mkdir(parents=True)

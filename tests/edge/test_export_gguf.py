@@ -15,11 +15,13 @@ import pytest
 import torch
 from export_models import DENSE, PER_LAYER, UNIFORM, prune_record, save_decoder, some_tokens, torch_logits
 from gguf import GGUFReader
+from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 
-from fedspine_edge.errors import CheckpointError, IncompatibleError, VerificationError
+from fedspine_edge.errors import CheckpointError, IncompatibleError, UsageError, VerificationError
 from fedspine_edge.export import gguf as exporter
-from fedspine_edge.export.gguf import GgufFile, permute_rows, write_gguf
+from fedspine_edge.export.gguf import FILE_TYPES, GgufFile, permute_rows, write_gguf
+from fedspine_edge.export.gguf_metadata import weights_sha256
 from fedspine_edge.export.llama_session import quantize_file
 from fedspine_edge.export.rope import Rope, llama3_factors, rope_of
 from fedspine_edge.export.verify import check_parity, compare_logits, llama_logits, prove_structure
@@ -30,6 +32,7 @@ TOKENS = some_tokens(47)
 
 
 def export(folder: Path, quantization: str = "F32", **options: Any) -> GgufFile:
+    options = {"overwrite": True, **options}
     return write_gguf(folder, folder.parent / "out.gguf", quantization=quantization, name="Tiny", **options)
 
 
@@ -113,7 +116,7 @@ def test_deci_runs_uniform_widths_too(tmp_path: Path) -> None:
     assert parity_of(folder, file).top1_agreement == 1.0
 
 
-@pytest.mark.parametrize("quantization", ["F16", "Q8_0"])
+@pytest.mark.parametrize("quantization", ["F16", "BF16", "Q8_0"])
 def test_smaller_formats_pass_their_own_check(tmp_path: Path, quantization: str) -> None:
     folder = save_decoder(tmp_path / "model", "llama", PER_LAYER, biased=True)
     exact = export(folder).size_bytes
@@ -163,6 +166,7 @@ def test_the_file_says_where_it_comes_from(tmp_path: Path) -> None:
         "fedspine.parent_sha256": "ab" * 32,
         "fedspine.criterion": "lora",
         "fedspine.mode": "per-layer",
+        "fedspine.weights_sha256": weights_sha256(tmp_path / "model"),
     }
     assert {key: facts[key] for key in expected} == expected
     assert facts["fedspine.sparsity"] == pytest.approx(0.305)
@@ -235,6 +239,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, change: Callable[[A
     ("changes", "message"),
     [
         ({"model_type": "gemma3"}, "expected a model of family llama, mistral, qwen2, found 'gemma3'"),
+        ({"model_type": "bert"}, "expected a model of family llama, mistral, qwen2, found 'bert'"),
         ({"hidden_act": "gelu"}, "expected the silu activation, found 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of kind .*, found 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "expected rotary embeddings over whole heads"),
@@ -246,6 +251,68 @@ def test_configs_llama_cpp_cannot_run_are_refused(tmp_path: Path, changes: dict[
     edit_json(folder / "config.json", **changes)
     with pytest.raises(IncompatibleError, match=message):
         export(folder)
+
+
+def test_an_encoder_is_sent_to_onnx(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "llama")
+    edit_json(folder / "config.json", model_type="mpnet")
+    with pytest.raises(IncompatibleError, match="found 'mpnet'") as caught:
+        export(folder)
+    assert "ONNX" in str(caught.value.hint)
+
+
+def test_bfloat16_matrices_are_stored_as_such(tmp_path: Path) -> None:
+    file = export(save_decoder(tmp_path / "model", "llama", PER_LAYER, biased=True), "BF16")
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file.path).tensors}
+    assert {kind for name, kind in types.items() if name.endswith("weight") and "norm" not in name} == {"BF16"}
+    assert {kind for name, kind in types.items() if name.endswith("bias") or "norm" in name} == {"F32"}
+
+
+def test_large_weights_go_out_as_bfloat16(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    tensor = next(t for t in GGUFReader(export(folder, "BF16").path).tensors if t.name == "blk.1.ffn_up.weight")
+    assert dequantize(tensor.data, tensor.tensor_type)[3, 3] == pytest.approx(1e6, rel=2**-8)
+
+
+@pytest.mark.parametrize("quantization", ["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0"])
+def test_every_quantised_format_says_its_type_and_runs(tmp_path: Path, quantization: str) -> None:
+    file = export(save_decoder(tmp_path / "model", "mistral", PER_LAYER, biased=True), quantization)
+    assert facts_of(file.path)["general.file_type"] == FILE_TYPES[quantization]
+    assert np.isfinite(llama_logits(file.path, TOKENS)).all()
+
+
+def test_biases_of_zero_are_left_out(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "llama", UNIFORM, attention_bias=True, mlp_bias=True)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("bias") and "down_proj" not in name:
+            tensors[name].zero_()
+    save_file(tensors, folder / "model.safetensors")
+    file = export(folder)
+    found = [tensor.name for tensor in GGUFReader(file.path).tensors if tensor.name.endswith("bias")]
+    assert found == [f"blk.{layer}.ffn_down.bias" for layer in range(3)]
+    assert parity_of(folder, file).top1_agreement == 1.0
+
+
+def test_a_file_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "llama")
+    (tmp_path / "out.gguf").write_bytes(b"before")
+    with pytest.raises(UsageError, match=r"expected a new file, found that .*out\.gguf exists") as caught:
+        export(folder, overwrite=False)
+    assert "--force" in str(caught.value.hint)
+    assert (tmp_path / "out.gguf").read_bytes() == b"before"
+    assert GGUFReader(export(folder, overwrite=True).path).tensors
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path / "model", "llama")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"expected a readable tokenizer\.json in") as caught:
+        export(folder)
+    assert "GGUF file of the same base model" in str(caught.value.hint)
 
 
 def test_a_config_without_sizes_is_refused(tmp_path: Path) -> None:
@@ -288,7 +355,7 @@ def test_damaged_directories_are_refused(tmp_path: Path) -> None:
 
 def test_unknown_words_are_the_callers_mistake(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path / "model", "llama", PER_LAYER)
-    with pytest.raises(ValueError, match=r"expected a quantisation of F32, F16, Q8_0.*, found 'Q9'"):
+    with pytest.raises(ValueError, match=r"expected a quantisation of F32, F16, BF16, Q8_0.*, found 'Q9'"):
         export(folder, "Q9")
     with pytest.raises(ValueError, match="expected architecture auto, llama or deci, found 'qwen2'"):
         export(folder, architecture="qwen2")

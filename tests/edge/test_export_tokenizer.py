@@ -19,7 +19,9 @@ pytest.importorskip("llama_cpp", reason="needs the extra fedspine-edge[llama]")
 
 
 def export(folder: Path, **options: Any) -> Path:
-    return write_gguf(folder, folder.parent / "out.gguf", quantization="F32", name="Tiny", **options).path
+    return write_gguf(
+        folder, folder.parent / "out.gguf", quantization="F32", name="Tiny", overwrite=True, **options
+    ).path
 
 
 def facts_of(path: Path) -> dict[str, Any]:

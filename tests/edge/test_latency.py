@@ -11,7 +11,6 @@ from export_models import PER_LAYER, save_decoder
 from fedspine_edge.errors import IncompatibleError
 from fedspine_edge.export.gguf import write_gguf
 from fedspine_edge.profiling.latency import Speed, Spread, compare_speed, speed_ratios, spread
-from fedspine_edge.profiling.latency_worker import process_memory
 
 pytest.importorskip("llama_cpp", reason="needs the extra fedspine-edge[llama]")
 
@@ -55,12 +54,6 @@ def test_ratios_pair_neighbours_in_time() -> None:
 def test_memory_that_was_not_measured_has_no_ratio() -> None:
     dense = speed("dense", (1.0,), (1.0,), size=1, peak=None)
     assert speed_ratios([dense])[0].memory is None
-
-
-def test_this_process_has_a_peak() -> None:
-    memory = process_memory()
-    assert memory["peak_memory_bytes"] is not None
-    assert memory["peak_memory_bytes"] > 1 << 20
 
 
 @pytest.mark.parametrize("counts", [{"num_prompt": 0}, {"num_generate": 0}, {"repetitions": 0}])

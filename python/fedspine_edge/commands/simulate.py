@@ -141,7 +141,8 @@ def _save_models(
             continue
         live.handle({"kind": "phase", "text": f"merging the {name} model", "total": None, "done": 0})
         folder = run_dir / "models" / name
-        save_pruned(folder, scene.base, scene.layout, finished.world, mode=scene.settings.mask_mode)
+        task = {"classes": list(scene.encoding.classes), "prompt": scene.encoding.prompt}
+        save_pruned(folder, scene.base, scene.layout, finished.world, mode=scene.settings.mask_mode, task=task)
         found.append(ModelFiles(folder, dense=name == "dense", sparsity=finished.world.sparsity(scene.layout)))
     return tuple(found)
 

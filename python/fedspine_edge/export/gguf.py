@@ -10,19 +10,19 @@ Source: GGUF specification (ggml-org/ggml, docs/gguf.md); llama.cpp src/models/l
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf.quants import quant_shape_to_byte_shape, quantize
 
-from fedspine_edge.errors import CheckpointError, IncompatibleError
-from fedspine_edge.export.gguf_tokenizer import TokenizerFields, read_tokenizer
+from fedspine_edge.errors import CheckpointError, IncompatibleError, UsageError
+from fedspine_edge.export.gguf_metadata import describe
+from fedspine_edge.export.gguf_tokenizer import read_tokenizer
 from fedspine_edge.export.llama_session import quantize_file
 from fedspine_edge.export.model_directory import ModelDirectory, read_model_directory, read_tensor
 from fedspine_edge.export.rope import Rope, llama3_factors, rope_of
@@ -30,6 +30,7 @@ from fedspine_edge.export.rope import Rope, llama3_factors, rope_of
 FILE_TYPES = {
     "F32": LlamaFileType.ALL_F32,
     "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
     "Q6_K": LlamaFileType.MOSTLY_Q6_K,
     "Q5_K_M": LlamaFileType.MOSTLY_Q5_K_M,
@@ -38,7 +39,11 @@ FILE_TYPES = {
 }
 """What `write_gguf` writes, by the name llama.cpp's own tools give it."""
 
-_UNQUANTIZED = ("F32", "F16")
+_MATRIX_TYPES = {
+    "F32": GGMLQuantizationType.F32,
+    "F16": GGMLQuantizationType.F16,
+    "BF16": GGMLQuantizationType.BF16,
+}
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -82,36 +87,40 @@ def write_gguf(
     architecture: str = "auto",
     name: str,
     tokenizer_gguf: Path | None = None,
+    overwrite: bool = False,
 ) -> GgufFile:
     """Writes a model directory as a GGUF file, whole or not at all.
 
     Args:
         model_dir: Pruned or unpruned model directory of the llama, mistral or qwen2 family.
-        output: File to write; replaced if there.
+        output: File to write.
         quantization: A key of `FILE_TYPES`.
         architecture: `auto`, `llama` (same widths in each layer) or `deci`.
         name: What people call the model.
         tokenizer_gguf: GGUF file to copy the tokenizer from; None converts the directory's `tokenizer.json`.
+        overwrite: Whether a file of that name is replaced.
 
     Raises:
         ValueError: The quantisation or the architecture is unknown.
+        UsageError: There is a file of that name, and it is not to be replaced.
         CheckpointError: The directory is damaged or the disk is full; nothing half-written stays.
         IncompatibleError: llama.cpp has no way to run this model, or would run it wrongly.
     """
     if quantization not in FILE_TYPES:
         raise ValueError(f"expected a quantisation of {', '.join(FILE_TYPES)}, found {quantization!r}")
+    refuse_existing(output, overwrite=overwrite)
     model = read_model_directory(model_dir)
     chosen = _choose_architecture(model, architecture)
     rope = rope_of(model.config)
     tokenizer = read_tokenizer(model, tokenizer_gguf)
-    with _replacing(output) as partial:
-        if quantization in _UNQUANTIZED:
-            writer = _describe(model, chosen, rope, file_type=FILE_TYPES[quantization], name=name, tokenizer=tokenizer)
-            _write(writer, model, rope, path=partial)
+    with replacing(output) as partial:
+        if quantization in _MATRIX_TYPES:
+            writer = describe(model, chosen, rope, file_type=FILE_TYPES[quantization], name=name, tokenizer=tokenizer)
+            _write(writer, model, rope, path=partial, matrices=quantization)
         else:
-            with _replacing(output.with_name(f"{output.name}.F16"), keep=False) as half:
-                writer = _describe(model, chosen, rope, file_type=FILE_TYPES["F16"], name=name, tokenizer=tokenizer)
-                _write(writer, model, rope, path=half)
+            with replacing(output.with_name(f"{output.name}.F16"), keep=False) as half:
+                writer = describe(model, chosen, rope, file_type=FILE_TYPES["F16"], name=name, tokenizer=tokenizer)
+                _write(writer, model, rope, path=half, matrices="F16")
                 quantize_file(half, partial, file_type=int(FILE_TYPES[quantization]))
     return GgufFile(path=output, format=chosen, quantization=quantization, size_bytes=output.stat().st_size)
 
@@ -129,8 +138,14 @@ def _choose_architecture(model: ModelDirectory, architecture: str) -> str:
     return architecture
 
 
+def refuse_existing(output: Path, *, overwrite: bool) -> None:
+    """Raises UsageError when `output` is there and not to be replaced."""
+    if output.exists() and not overwrite:
+        raise UsageError(f"expected a new file, found that {output} exists", hint="pass --force to replace it")
+
+
 @contextmanager
-def _replacing(output: Path, *, keep: bool = True) -> Iterator[Path]:
+def replacing(output: Path, *, keep: bool = True) -> Iterator[Path]:
     """Yields a path beside `output`; on success it is synced and renamed (or dropped), on failure nothing is left."""
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -147,88 +162,18 @@ def _replacing(output: Path, *, keep: bool = True) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _describe(
-    model: ModelDirectory, architecture: str, rope: Rope, *, file_type: int, name: str, tokenizer: TokenizerFields
-) -> GGUFWriter:
-    """Returns a writer that holds every key of the file and no tensor."""
-    logging.getLogger("gguf").setLevel(logging.WARNING)
-    writer = GGUFWriter(None, architecture)
-    config, layers = model.config, model.layers
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_size_label(_size_label(model.num_parameters))
-    _describe_origin(writer, model)
-    writer.add_block_count(len(layers))
-    writer.add_context_length(_context_length(config))
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    if architecture == "deci":
-        writer.add_head_count([layer.num_heads for layer in layers])
-        writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
-        writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
-    else:
-        writer.add_head_count(layers[0].num_heads)
-        writer.add_head_count_kv(layers[0].num_key_value_heads)
-        writer.add_feed_forward_length(layers[0].intermediate_size)
-    # Explicit, for llama.cpp would otherwise divide the hidden size by the pruned head count.
-    writer.add_key_length(model.head_dim)
-    writer.add_value_length(model.head_dim)
-    writer.add_rope_dimension_count(model.head_dim)
-    writer.add_rope_freq_base(rope.theta)
-    if rope.kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope.factor)
-    writer.add_file_type(file_type)
-    for key, (value, value_type, item_type) in tokenizer.items():
-        writer.add_key_value(key, value, value_type, item_type)
-    return writer
-
-
-def _describe_origin(writer: GGUFWriter, model: ModelDirectory) -> None:
-    record, base = model.prune_record, model.base
-    if base.get("license"):
-        writer.add_license(str(base["license"]))
-    if not record:
-        return
-    sparsity = float(record.get("sparsity", 0.0))
-    writer.add_finetune(f"pruned{round(100 * sparsity)}")
-    writer.add_base_model_count(1)
-    writer.add_base_model_name(0, str(base.get("name", "unknown")))
-    for key, add in (
-        ("organization", writer.add_base_model_organization),
-        ("repo_url", writer.add_base_model_repo_url),
-    ):
-        if base.get(key):
-            add(0, str(base[key]))
-    writer.add_float32("fedspine.sparsity", sparsity)
-    for key in ("parent_sha256", "criterion", "mode"):
-        if key in record:
-            writer.add_string(f"fedspine.{key}", str(record[key]))
-
-
-def _size_label(num_parameters: int) -> str:
-    return f"{num_parameters / 1e9:.1f}B" if num_parameters >= 1e9 else f"{max(1, round(num_parameters / 1e6))}M"
-
-
-def _context_length(config: Mapping[str, Any]) -> int:
-    """Returns the longest context; with a sliding window, which these architectures lack, the window's length."""
-    longest = int(config.get("max_position_embeddings", 2048))
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    return min(longest, int(window)) if window else longest
-
-
-def _write(writer: GGUFWriter, model: ModelDirectory, rope: Rope, *, path: Path) -> None:
+def _write(writer: GGUFWriter, model: ModelDirectory, rope: Rope, *, path: Path, matrices: str) -> None:
     """Writes keys, tensor table and tensors; one tensor at a time is in memory."""
-    half = writer.kv_data[0]["general.file_type"].value != LlamaFileType.ALL_F32
-    names = list(model.shapes)
+    matrix_type = _MATRIX_TYPES[matrices]
+    names = [name for name in model.shapes if not _is_zero_bias(model, name)]
     if rope.kind == "llama3":
         factors = llama3_factors(rope, model.head_dim)
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for name in names:
         shape = model.shapes[name]
-        dtype = np.dtype(np.float16 if half and len(shape) > 1 else np.float32)
-        writer.add_tensor_info(_gguf_name(name), shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+        stored_type = matrix_type if len(shape) > 1 else GGMLQuantizationType.F32
+        num_bytes = int(np.prod(quant_shape_to_byte_shape(shape, stored_type)))
+        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), num_bytes, raw_dtype=stored_type)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -236,12 +181,18 @@ def _write(writer: GGUFWriter, model: ModelDirectory, rope: Rope, *, path: Path)
         if rope.kind == "llama3":
             writer.write_tensor_data(factors)
         for name in names:
-            writer.write_tensor_data(_converted(model, name, half=half))
+            writer.write_tensor_data(_converted(model, name, matrix_type))
     finally:
         writer.close()
 
 
-def _gguf_name(name: str) -> str:
+def _is_zero_bias(model: ModelDirectory, name: str) -> bool:
+    """Whether a tensor is a bias of zeros: transformers' switches ask for them, llama.cpp would add them."""
+    return name.endswith(".bias") and not read_tensor(model, name).any()
+
+
+def gguf_name(name: str) -> str:
+    """Returns the name a tensor of a transformers decoder has in a GGUF file."""
     if name in _MODEL_NAMES:
         return _MODEL_NAMES[name]
     _, _, index, rest = name.split(".", 3)
@@ -249,17 +200,17 @@ def _gguf_name(name: str) -> str:
     return f"blk.{index}.{_LAYER_NAMES[module]}.{leaf}"
 
 
-def _converted(model: ModelDirectory, name: str, *, half: bool) -> np.ndarray:
+def _converted(model: ModelDirectory, name: str, matrix_type: GGMLQuantizationType) -> np.ndarray:
     tensor = read_tensor(model, name)
     if ".self_attn.q_proj." in name or ".self_attn.k_proj." in name:
         layer = model.layers[int(name.split(".")[2])]
         tensor = permute_rows(tensor, layer.num_heads if ".q_proj." in name else layer.num_key_value_heads)
-    if half and tensor.ndim > 1:
-        if np.abs(tensor).max() > np.finfo(np.float16).max:
+    if tensor.ndim > 1:
+        if matrix_type == GGMLQuantizationType.F16 and np.abs(tensor).max() > np.finfo(np.float16).max:
             raise IncompatibleError(
-                f"expected weights within float16, found larger ones in {name}", hint="export as F32"
+                f"expected weights within float16, found larger ones in {name}", hint="export as F32 or BF16"
             )
-        tensor = tensor.astype(np.float16)
+        tensor = quantize(tensor, matrix_type)
     return np.ascontiguousarray(tensor)
 
 

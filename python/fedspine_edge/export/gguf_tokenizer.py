@@ -79,6 +79,8 @@ def _copy(path: Path) -> TokenizerFields:
 
 def _convert(model: ModelDirectory) -> TokenizerFields:
     path = model.path / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"expected a readable tokenizer.json in {model.path}, found none", hint=_ADVICE)
     document = read_json(path)
     bpe = document.get("model") or {}
     if bpe.get("type") != "BPE" or bpe.get("byte_fallback"):

@@ -165,7 +165,13 @@ class LlamaSession:
 
 @contextmanager
 def open_session(
-    path: Path, *, num_context: int, num_sequences: int = 1, num_threads: int = 1, exact_attention: bool = False
+    path: Path,
+    *,
+    num_context: int,
+    num_sequences: int = 1,
+    num_threads: int = 1,
+    exact_attention: bool = False,
+    adapter: Path | None = None,
 ) -> Iterator[LlamaSession]:
     """Yields a loaded model, freed at the end.
 
@@ -176,13 +182,16 @@ def open_session(
         num_threads: Threads.
         exact_attention: Compute attention in float32, for parity; else flash attention, which casts keys and values to
             float16 whatever the cache holds (on SmolLM2 in F32: logits off by 2e-2 instead of 1e-4).
+        adapter: GGUF LoRA adapter to add to the model.
 
     Raises:
         CheckpointError: There is no such file.
-        IncompatibleError: llama.cpp does not load it.
+        IncompatibleError: llama.cpp does not load it, or the adapter is not of this model.
     """
     if not path.is_file():
         raise CheckpointError(f"expected a GGUF file at {path}, found none")
+    if adapter is not None:
+        _check_adapter(adapter, path)
     library, lines = _library(), _error_lines()[0]
     lines.clear()
     library.llama_backend_init()
@@ -202,9 +211,29 @@ def open_session(
         context = library.llama_init_from_model(model, params)
         if not context:
             raise IncompatibleError(f"expected a context for {path.name}, found none: {_what_went_wrong()}")
+        if adapter is not None:
+            _add_adapter(model, context, adapter)
         vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         yield LlamaSession(model=model, context=context, num_vocab=vocabulary, max_batch=num_context)
     finally:
         if context:
             library.llama_free(context)
         library.llama_model_free(model)
+
+
+def _check_adapter(adapter: Path, path: Path) -> None:
+    # Imported where it is needed: the reader would weigh in the memory of a process that is being measured.
+    from fedspine_edge.export.adapter_check import check_gguf_adapter
+
+    check_gguf_adapter(adapter, path)
+
+
+def _add_adapter(model: Any, context: Any, adapter: Path) -> None:
+    """Adds a LoRA adapter to a context; it is freed with the model."""
+    library = _library()
+    handle = library.llama_adapter_lora_init(model, str(adapter).encode())
+    if not handle:
+        raise IncompatibleError(f"expected an adapter llama.cpp loads, found {adapter.name}: {_what_went_wrong()}")
+    handles = (library.llama_adapter_lora_p_ctypes * 1)(ctypes.cast(handle, library.llama_adapter_lora_p_ctypes))
+    if library.llama_set_adapters_lora(context, handles, 1, (ctypes.c_float * 1)(1.0)) != 0:
+        raise IncompatibleError(f"expected {adapter.name} to fit the model: {_what_went_wrong()}")

@@ -1,6 +1,6 @@
 """A model directory as an exporter sees it: every name, shape and width checked before a byte is written.
 
-In: `config.json` (the transformers config of the unpruned model), `*.safetensors` (shrunk shapes), optionally
+In: `config.json` (with the widths of the unpruned model or of every layer), `*.safetensors` (shrunk shapes), optionally
 `fedspine_prune.json`. Out: a `ModelDirectory`, whose tensors are read one at a time from the mapped file.
 No model is built, so a 7B model is exported in the memory of its largest matrix.
 """
@@ -18,11 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
+from fedspine_edge.export.decoder_shapes import LayerWidths, check_shapes, head_dim, total_kv_heads
 
 CHANNEL_BLOCK = 32
 """FFN widths are multiples of this: other rows fall back to F16 in quantised files and run 1.4-1.9 times slower."""
 
 FAMILIES = ("llama", "mistral", "qwen2")
+ENCODERS = ("bert", "roberta", "distilbert", "mpnet")
 PRUNE_FORMAT = 1
 
 _REQUIRED = (
@@ -33,16 +35,6 @@ _REQUIRED = (
     "rms_norm_eps",
     "vocab_size",
 )
-_ALWAYS_BIASED = {"qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
-
-
-@dataclass(frozen=True)
-class LayerWidths:
-    """What one layer has kept: query heads, KV heads and FFN channels."""
-
-    num_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class ModelDirectory:
 
     Attributes:
         path: Where it is.
-        config: `config.json`: the unpruned model's.
+        config: `config.json`; its widths are not those of the layers where these differ.
         layers: Widths of each layer, from the tensors' shapes.
         shapes: Shape of each tensor, by its transformers name.
         files: The file that holds each tensor.
@@ -83,11 +75,6 @@ class ModelDirectory:
         return sum(int(np.prod(shape)) for shape in self.shapes.values())
 
 
-def head_dim(config: Mapping[str, Any]) -> int:
-    """Returns the features of one head that a config means."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
 def read_model_directory(path: Path) -> ModelDirectory:
     """Returns a model directory after every check an export needs.
 
@@ -107,7 +94,7 @@ def read_model_directory(path: Path) -> ModelDirectory:
     )
     shapes, files = _read_shapes(path)
     layers = tuple(_layer_widths(index, config, shapes) for index in range(config["num_hidden_layers"]))
-    _check_shapes(shapes, _expected_shapes(config, layers), _optional_shapes(config, layers))
+    check_shapes(config, layers, shapes)
     if record:
         _check_record(record, config, layers)
     if config.get("tie_word_embeddings"):
@@ -168,7 +155,10 @@ def _read_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], dict[str,
 def _check_config(config: Mapping[str, Any]) -> None:
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise IncompatibleError(f"expected a model of family {', '.join(FAMILIES)}, found {family!r}")
+        raise IncompatibleError(
+            f"expected a model of family {', '.join(FAMILIES)}, found {family!r}",
+            hint="export an encoder as ONNX: llama.cpp's encoders cannot lose heads" if family in ENCODERS else None,
+        )
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise IncompatibleError(f"expected {', '.join(missing)} in config.json, found none")
@@ -193,7 +183,7 @@ def _layer_widths(index: int, config: Mapping[str, Any], shapes: Mapping[str, tu
         raise IncompatibleError(
             f"expected at least one head in each layer, found none in layer {index}", hint="keep one KV group"
         )
-    per_group = config["num_attention_heads"] // _num_kv_heads(config)
+    per_group = config["num_attention_heads"] // total_kv_heads(config)
     if num_heads != per_group * num_kv_heads:
         raise IncompatibleError(
             f"expected {per_group} query heads per KV head, found {num_heads} for {num_kv_heads} in layer {index}",
@@ -208,78 +198,6 @@ def _layer_widths(index: int, config: Mapping[str, Any], shapes: Mapping[str, tu
     return LayerWidths(num_heads=num_heads, num_key_value_heads=num_kv_heads, intermediate_size=channels)
 
 
-def _num_kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-
-
-def _matrix_shapes(config: Mapping[str, Any], layer: LayerWidths) -> dict[str, tuple[int, int]]:
-    hidden, dim = config["hidden_size"], head_dim(config)
-    queries, keys, channels = layer.num_heads * dim, layer.num_key_value_heads * dim, layer.intermediate_size
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (channels, hidden),
-        "mlp.up_proj": (channels, hidden),
-        "mlp.down_proj": (hidden, channels),
-    }
-
-
-def _needs_bias(config: Mapping[str, Any], matrix: str) -> bool:
-    if config["model_type"] in _ALWAYS_BIASED:
-        return matrix in _ALWAYS_BIASED[config["model_type"]]
-    return bool(config.get("attention_bias" if matrix.startswith("self_attn") else "mlp_bias"))
-
-
-def _expected_shapes(config: Mapping[str, Any], layers: tuple[LayerWidths, ...]) -> dict[str, tuple[int, ...]]:
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    expected: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.get("tie_word_embeddings"):
-        expected["lm_head.weight"] = (vocabulary, hidden)
-    for index, layer in enumerate(layers):
-        prefix = f"model.layers.{index}"
-        expected[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        expected[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for matrix, shape in _matrix_shapes(config, layer).items():
-            expected[f"{prefix}.{matrix}.weight"] = shape
-            if _needs_bias(config, matrix):
-                expected[f"{prefix}.{matrix}.bias"] = shape[:1]
-    return expected
-
-
-def _optional_shapes(config: Mapping[str, Any], layers: tuple[LayerWidths, ...]) -> dict[str, tuple[int, ...]]:
-    """Biases of mean compensation on any o/down, and a tied head that was stored all the same."""
-    hidden = config["hidden_size"]
-    optional: dict[str, tuple[int, ...]] = {
-        f"model.layers.{index}.{matrix}.bias": (hidden,)
-        for index in range(len(layers))
-        for matrix in ("self_attn.o_proj", "mlp.down_proj")
-    }
-    if config.get("tie_word_embeddings"):
-        optional["lm_head.weight"] = (config["vocab_size"], hidden)
-    return optional
-
-
-def _check_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    optional: Mapping[str, tuple[int, ...]],
-) -> None:
-    for name in expected:
-        if name not in shapes:
-            raise IncompatibleError(f"expected tensor {name}, found none")
-    allowed = {**optional, **expected}
-    for name, shape in shapes.items():
-        if name not in allowed:
-            raise IncompatibleError(f"expected no tensor {name}, found one of shape {list(shape)}")
-        if shape != allowed[name]:
-            raise IncompatibleError(f"expected shape {list(allowed[name])} for {name}, found {list(shape)}")
-
-
 def _check_record(record: Mapping[str, Any], config: Mapping[str, Any], layers: tuple[LayerWidths, ...]) -> None:
     """Raises IncompatibleError where `fedspine_prune.json` and the tensors disagree on what was kept."""
     if record.get("format") != PRUNE_FORMAT:
@@ -287,12 +205,13 @@ def _check_record(record: Mapping[str, Any], config: Mapping[str, Any], layers: 
             f"fedspine_prune.json is format {record.get('format')}, this program reads {PRUNE_FORMAT}",
             hint="upgrade the older side",
         )
-    totals = {"heads": _num_kv_heads(config), "ffn": int(config["intermediate_size"])}
+    unpruned = {**config, **record.get("unpruned", {})}
+    totals = {"heads": total_kv_heads(unpruned), "ffn": int(unpruned["intermediate_size"])}
     groups = record.get("groups", {})
     for index, layer in enumerate(layers):
         for kind, found in (("heads", layer.num_key_value_heads), ("ffn", layer.intermediate_size)):
             group = groups.get(f"layers.{index}.{kind}")
-            kept = len(group["kept"]) * (totals[kind] // group["num_members"]) if group else totals[kind]
+            kept = len(group["kept"]) if group else totals[kind]
             if kept != found:
                 raise IncompatibleError(
                     f"fedspine_prune.json keeps {kept} {kind} in layer {index}, the tensors have {found}",

@@ -9,25 +9,20 @@ two run at once, for llama.cpp's threads spin at barriers and would halve each o
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import fedspine_edge
-from fedspine_edge.errors import IncompatibleError
-
-WORKER = "fedspine_edge.profiling.latency_worker"
+from fedspine_edge.profiling.child import Child, Run, open_child
+from fedspine_edge.profiling.memory import peak_rss_bytes, process_memory
 
 DISTURBED_SHARE = 0.9
 """Below this share of the CPU time its threads could have had, a run shared the cores with others and is repeated."""
 
 MAX_REPEATS = 2
+WARM_UP_TOKENS = 8
 
 
 class Spread(NamedTuple):
@@ -98,21 +93,20 @@ class SpeedRatio:
     memory: float | None
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """A running `latency_worker` and what it said when it was ready."""
+class _Sample(NamedTuple):
+    """One kept run: seconds by the chosen clock, the share of its threads' CPU time it got, seconds a token."""
 
-    path: Path
-    process: subprocess.Popen[str]
-    facts: dict[str, Any]
+    seconds: float
+    cpu_share: float
+    token_seconds: list[float]
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """Answers of one worker so far."""
+    """Kept runs of one file so far."""
 
-    prompts: list[dict[str, Any]] = field(default_factory=list)
-    generations: list[dict[str, Any]] = field(default_factory=list)
+    prompts: list[_Sample] = field(default_factory=list)
+    generations: list[_Sample] = field(default_factory=list)
 
 
 def compare_speed(
@@ -147,14 +141,14 @@ def compare_speed(
         raise ValueError(f"expected clock wall, or cpu with 1 thread, found {clock!r} with {num_threads}")
     options = {"num_prompt": num_prompt, "num_generate": num_generate, "num_threads": num_threads}
     with contextlib.ExitStack() as stack:
-        workers = [_start(stack, Path(path), options) for path in paths]
-        runs = [_Runs() for _ in workers]
+        children = [_open(stack, Path(path), options) for path in paths]
+        runs = [_Runs() for _ in children]
         for _ in range(repetitions):
-            for worker, run in zip(workers, runs, strict=True):
-                run.prompts.append(_sample(worker, "prompt", num_threads, clock))
-            for worker, run in zip(workers, runs, strict=True):
-                run.generations.append(_sample(worker, "generate", num_threads, clock))
-        return [_speed(worker, run, options) for worker, run in zip(workers, runs, strict=True)]
+            for child, run in zip(children, runs, strict=True):
+                run.prompts.append(_sample(child, (num_prompt, 0), num_threads, clock))
+            for child, run in zip(children, runs, strict=True):
+                run.generations.append(_sample(child, (0, num_generate), num_threads, clock))
+        return [_speed(child, run, options) for child, run in zip(children, runs, strict=True)]
 
 
 def speed_ratios(speeds: Sequence[Speed]) -> list[SpeedRatio]:
@@ -196,94 +190,46 @@ def _model_memory(speed: Speed) -> int | None:
     return speed.peak_memory_bytes - speed.base_memory_bytes
 
 
-def _start(stack: contextlib.ExitStack, path: Path, options: dict[str, int]) -> _Worker:
-    """Returns a worker that has loaded and warmed up; it ends with the stack."""
-    arguments = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    # The package may have been found through sys.path alone, which a child does not inherit.
-    package_root = str(Path(fedspine_edge.__file__).resolve().parents[1])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    process = subprocess.Popen(
-        [sys.executable, "-m", WORKER, str(path), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**_stock_environment(), "PYTHONPATH": search_path},
-    )
-    stack.callback(_stop, process)
-    return _Worker(path=path, process=process, facts=_read(path, process))
+def _open(stack: contextlib.ExitStack, path: Path, options: dict[str, int]) -> Child:
+    """Returns a process that has loaded a file and warmed up; it ends with the stack."""
+    num_prompt, num_generate = options["num_prompt"], options["num_generate"]
+    context = max(num_prompt, num_generate)
+    child = open_child(stack, path, num_context=context, num_threads=options["num_threads"], num_batch=context)
+    child.run(num_prompt, 0)
+    child.run(0, min(WARM_UP_TOKENS, num_generate))
+    return child
 
 
-def _stock_environment() -> dict[str, str]:
-    """The environment without what our program sets for its own threads: llama.cpp is measured as a user runs it.
-
-    OMP_WAIT_POLICY=passive makes each of its barriers a system call and halves the speed of generation.
-    """
-    return {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "OPENBLAS_", "MALLOC_"))}
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
-    process.terminate()
-    process.wait()
-
-
-def _read(path: Path, process: subprocess.Popen[str]) -> dict[str, Any]:
-    line = process.stdout.readline() if process.stdout is not None else ""
-    if not line:
-        raise IncompatibleError(
-            f"expected a measurement of {path.name}, its process ended with {process.wait()}",
-            hint="check the file with another llama.cpp program",
-        )
-    answer: dict[str, Any] = json.loads(line)
-    if "error" in answer:
-        raise IncompatibleError(answer["error"])
-    return answer
-
-
-def _ask(worker: _Worker, command: str) -> dict[str, Any]:
-    if worker.process.stdin is not None:
-        # A process that died is told apart by its missing answer.
-        with contextlib.suppress(BrokenPipeError):
-            worker.process.stdin.write(command + "\n")
-            worker.process.stdin.flush()
-    return _read(worker.path, worker.process)
-
-
-def _sample(worker: _Worker, command: str, num_threads: int, clock: str) -> dict[str, Any]:
+def _sample(child: Child, sizes: tuple[int, int], num_threads: int, clock: str) -> _Sample:
     """Returns a run by the CPU's clock; by the wall's, one that had the cores to itself or the calmer of two."""
-    best: dict[str, Any] = {}
+    best: tuple[float, Run] | None = None
     for _ in range(MAX_REPEATS if clock == "wall" else 1):
-        answer = _ask(worker, command)
-        answer["cpu_share"] = min(1.0, answer["cpu_seconds"] / (answer["seconds"] * num_threads))
-        if not best or answer["cpu_share"] > best["cpu_share"]:
-            best = answer
-        if best["cpu_share"] >= DISTURBED_SHARE:
+        run = child.run(*sizes)
+        share = min(1.0, run.cpu_seconds / (run.seconds * num_threads))
+        if best is None or share > best[0]:
+            best = share, run
+        if best[0] >= DISTURBED_SHARE:
             break
-    if clock == "cpu":
-        best["seconds"] = best["cpu_seconds"]
-    return best
+    assert best is not None
+    share, run = best
+    return _Sample(run.cpu_seconds if clock == "cpu" else run.seconds, share, run.token_seconds)
 
 
-def _speed(worker: _Worker, runs: _Runs, options: dict[str, int]) -> Speed:
-    memory = _ask(worker, "memory")
-    each = sorted(seconds for run in runs.generations for seconds in run["token_seconds"])
+def _speed(child: Child, runs: _Runs, options: dict[str, int]) -> Speed:
+    each = sorted(seconds for run in runs.generations for seconds in run.token_seconds)
     percentiles = [each[min(len(each) - 1, int(share * len(each)))] for share in (0.5, 0.95, 0.99)]
     return Speed(
-        path=worker.path,
-        model_type=worker.facts["model_type"],
-        size_bytes=worker.path.stat().st_size,
-        num_parameters=worker.facts["num_parameters"],
+        path=child.path,
+        model_type=child.facts.model_type,
+        size_bytes=child.path.stat().st_size,
+        num_parameters=child.facts.num_parameters or 0,
         **options,
-        prompt_tokens_per_second=tuple(options["num_prompt"] / run["seconds"] for run in runs.prompts),
-        generate_tokens_per_second=tuple(options["num_generate"] / run["seconds"] for run in runs.generations),
-        ttft_seconds=tuple(run["seconds"] for run in runs.prompts),
+        prompt_tokens_per_second=tuple(options["num_prompt"] / run.seconds for run in runs.prompts),
+        generate_tokens_per_second=tuple(options["num_generate"] / run.seconds for run in runs.generations),
+        ttft_seconds=tuple(run.seconds for run in runs.prompts),
         itl_seconds=(percentiles[0], percentiles[1], percentiles[2]),
-        peak_memory_bytes=memory["peak_memory_bytes"],
-        base_memory_bytes=worker.facts["base_memory_bytes"],
-        pss_bytes=memory["pss_bytes"],
-        cpu_share=min(run["cpu_share"] for run in [*runs.prompts, *runs.generations]),
+        peak_memory_bytes=peak_rss_bytes(child.pid),
+        base_memory_bytes=child.base_memory.rss_bytes,
+        pss_bytes=process_memory(child.pid).pss_bytes,
+        cpu_share=min(run.cpu_share for run in [*runs.prompts, *runs.generations]),
     )
