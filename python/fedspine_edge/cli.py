@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fedspine_edge.cli_model import commands as model_commands
+from fedspine_edge.cli_profile import commands as profile_commands
 from fedspine_edge.errors import FedSpineError, InterruptedRunError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(model_commands)
+app.add_typer(profile_commands)
 
 
 @app.callback()
