@@ -2,7 +2,7 @@
 #
 #   make demo                     the main job: federate, prune, tune, export, run in llama.cpp
 #   make test                     every test, C++ ones under the sanitizers included
-#   make test-export              SmolLM2-135M pruned four ways, in every runtime: minutes
+#   make test-export              SmolLM2-135M pruned four ways in every runtime, and what is refused: minutes
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -33,6 +33,7 @@ test: $(VENV)/.installed $(VENV)/.dev
 
 test-export: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest -m matrix tests/edge/test_export_real.py
+	$(RUN) $(BIN)/python -m pytest tests/edge/test_model_commands.py tests/edge/test_export_gguf.py
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
