@@ -98,7 +98,7 @@ def verify(
         document = {"format": verdict.format, **vars(verdict.parity), "bounds": vars(verdict.tolerance)}
         typer.echo(json.dumps({**document, "missed": verdict.missed}, indent=2))
     else:
-        typer.echo(parity.verdict_line(verdict))
+        typer.echo(verdict.line())
     if verdict.missed:
         raise VerificationError(f"{candidate} is not {reference}: {verdict.missed}")
 

@@ -106,14 +106,11 @@ def test_a_runtime_that_crashes_is_a_fault_and_one_that_is_missing_is_not() -> N
 
 @pytest.mark.slow
 def test_the_runtimes_run_a_model_made_on_the_spot() -> None:
-    pytest.importorskip("llama_cpp", reason="needs the extra fedspine-edge[llama]")
     assert self_test.run_llama().startswith("llama")
 
 
 @pytest.mark.slow
 def test_onnxruntime_runs_a_model_made_on_the_spot() -> None:
-    pytest.importorskip("onnx", reason="needs the extra fedspine-edge[onnx]")
-    pytest.importorskip("onnxruntime", reason="needs the extra fedspine-edge[onnx]")
     assert self_test.run_onnx() == "onnx"
 
 

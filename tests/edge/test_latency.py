@@ -12,8 +12,6 @@ from fedspine_edge.errors import IncompatibleError
 from fedspine_edge.export.gguf import write_gguf
 from fedspine_edge.profiling.latency import Speed, Spread, compare_speed, speed_ratios, spread
 
-pytest.importorskip("llama_cpp", reason="needs the extra fedspine-edge[llama]")
-
 
 def speed(name: str, prompt: tuple[float, ...], generate: tuple[float, ...], size: int, peak: int | None) -> Speed:
     return Speed(

@@ -92,7 +92,7 @@ def test_a_uniform_decoder_goes_to_every_runtime(fedspine, rows, decoder):
     onnx = json.loads(fedspine("export", "onnx", "lean", "--data", rows, "--json")[0])[0]
     assert onnx["max_abs_dlogit"] < 1e-3
     out, _ = fedspine("verify", "lean", exported[0]["path"], "--data", rows)
-    assert out.startswith("F32: max |dlogit|")
+    assert out.startswith("F32: 320 positions, max |dlogit|")
     fedspine("verify", exported[0]["path"], onnx["path"], "--data", rows)
     accuracies = []
     for target in ("lean", exported[0]["path"], onnx["path"]):
@@ -127,7 +127,7 @@ def test_a_wrong_export_is_kept_aside_with_the_reason(fedspine, rows, decoder, t
 def test_another_model_is_told_apart(fedspine, rows, decoder, tmp_path):
     other = save_decoder(tmp_path / "other", "llama", rms_norm_eps=0.1)
     out, err = fedspine("verify", decoder, other, "--data", rows, code=3)
-    assert out.startswith("directory: max |dlogit|")
+    assert out.startswith("directory: 320 positions")
     assert "is not" in err
 
 

@@ -55,8 +55,6 @@ from fedspine_edge.profiling.runtimes import backend_of
 from fedspine_edge.profiling.self_test import write_tiny_onnx
 from fedspine_edge.profiling.watch import BoardWatch
 
-pytest.importorskip("llama_cpp", reason="needs the extra fedspine-edge[llama]")
-
 CALM = Quiet(9.0, 2, others_cores=0.01, steal_share=0.0, clock_kept=1.0, held_back=(), spread=0.01)
 SMALL = ["-p", "12", "-n", "5", "-r", "2", "-t", "1"]
 
@@ -403,8 +401,6 @@ def test_losses_are_those_of_the_logits(models: dict[str, Path], tmp_path: Path,
 
 
 def _as_onnx(source: Path, folder: Path) -> Path:
-    pytest.importorskip("onnx", reason="needs the extra fedspine-edge[onnx]")
-    pytest.importorskip("onnxruntime", reason="needs the extra fedspine-edge[onnx]")
     from fedspine_edge.export.onnx import write_onnx
 
     write_onnx(source, folder, precision="fp32")
@@ -422,8 +418,6 @@ def _tokens(folder: Path, text: str) -> list[int]:
 def test_an_encoder_has_prompts_only(tiny_models: dict[str, Path], tmp_path: Path, kind: str) -> None:
     path = tiny_models["bert"]
     if kind == "onnx":
-        pytest.importorskip("onnx", reason="needs the extra fedspine-edge[onnx]")
-        pytest.importorskip("onnxruntime", reason="needs the extra fedspine-edge[onnx]")
         path = tmp_path / "tiny.onnx"
         write_tiny_onnx(path)
     (row,) = measured([path], Options((Trial(12, 0), Trial(0, 5)), 2, 1, 16))

@@ -20,7 +20,6 @@ from fedspine_edge.export.verify import (
     classify,
     compare_logits,
     llama_logits,
-    meets_goal,
     parity_line,
 )
 
@@ -68,7 +67,7 @@ def test_arrays_of_different_shapes_are_not_compared(found: np.ndarray) -> None:
     [
         (Parity(9, 0.0, 0.9, 0.0), "F16", r"expected top-1 agreement >= 0\.99 at F16, found 0\.9000"),
         (Parity(9, 0.0, 1.0, 0.1), "Q8_0", r"expected a mean KL <= 0\.05 at Q8_0, found 0\.1"),
-        (Parity(9, 0.2, 1.0, 0.0), "F16", r"expected logits within 0\.1 at F16, found 0\.2"),
+        (Parity(9, 0.7, 1.0, 0.0), "F16", r"expected logits within 0\.5 at F16, found 0\.7"),
         (Parity(9, 0.0, 0.96, 0.0), "BF16", r"expected top-1 agreement >= 0\.97 at BF16, found 0\.9600"),
         (Parity(9, float("nan"), 1.0, 0.0), "F32", "expected logits within"),
         (Parity(9, 0.0, 1.0, float("nan")), "Q4_0", "expected a mean KL"),
@@ -102,20 +101,12 @@ def test_one_token_has_no_perplexity() -> None:
     assert compare_logits(np.zeros((1, 2)), np.zeros((1, 2)), token_ids=[1]).perplexity is None
 
 
-def test_a_goal_is_stricter_than_a_tolerance() -> None:
-    passing = Parity(400, 0.08, 0.993, 1e-5)
-    check_parity(passing, "F16")
-    assert not meets_goal(passing, "F16")
-    assert meets_goal(Parity(400, 0.05, 0.995, 1e-5), "F16")
-    assert meets_goal(Parity(400, 3.0, 0.9, 0.01), "Q8_0")
-
-
 def test_a_parity_is_told_with_what_the_format_allows() -> None:
-    assert parity_line(Parity(320, 0.0312, 0.99687, 6.5e-7, 41.02, 41.5), "F16") == (
-        "F16: 320 positions, max |dlogit| 0.031 (<= 0.1), top-1 0.9969 (>= 0.99), KL 6.5e-07 (<= 0.001), "
+    assert parity_line(Parity(320, 0.0312, 0.99687, 6.5e-7, 41.02, 41.5), "F16", TOLERANCES["F16"]) == (
+        "F16: 320 positions, max |dlogit| 0.031 (<= 0.5), top-1 0.9969 (>= 0.99), KL 6.5e-07 (<= 0.0001), "
         "perplexity 41.5 against 41.02"
     )
-    assert parity_line(Parity(320, 2.0, 0.9, 0.01), "Q8_0") == (
+    assert parity_line(Parity(320, 2.0, 0.9, 0.01), "Q8_0", TOLERANCES["Q8_0"]) == (
         "Q8_0: 320 positions, max |dlogit| 2, top-1 0.9000 (>= 0.85), KL 0.01 (<= 0.05)"
     )
 

@@ -26,7 +26,7 @@ from fedspine_edge.errors import IncompatibleError, UsageError
 from fedspine_edge.export.adapter_gguf import write_gguf_adapter
 from fedspine_edge.export.adapter_peft import check_peft_adapter, write_peft_adapter
 from fedspine_edge.export.gguf import refuse_existing, write_gguf
-from fedspine_edge.export.verify import TOLERANCES, compare_logits, llama_logits
+from fedspine_edge.export.verify import TOLERANCES, compare_logits, llama_logits, missed_bound
 from fedspine_edge.hardware import usable_cores
 from fedspine_edge.hf.directory import MODELING_FILE
 from fedspine_edge.sources import model_directory
@@ -130,9 +130,6 @@ def _peft_logits(folder: Path, text: Text) -> np.ndarray:
 
 def _require_near(reference: np.ndarray, found: np.ndarray, text: Text) -> None:
     """The merged model's matrices are float16, so the two differ as an F16 file may."""
-    tolerance = TOLERANCES["F16"]
     parity = compare_logits(reference, found, token_ids=text.token_ids or None)
-    missed = None
-    if not parity.top1_agreement >= tolerance.min_top1 or not parity.mean_kl <= tolerance.max_kl:
-        missed = f"top-1 agreement {parity.top1_agreement:.4f}, KL {parity.mean_kl:.2g}"
-    require(Verdict("F16", parity, tolerance, missed), "the base with its adapter")
+    missed = missed_bound(parity, TOLERANCES["F16"], "F16")
+    require(Verdict("F16", parity, TOLERANCES["F16"], missed), "the base with its adapter")

@@ -17,7 +17,7 @@ import numpy as np
 from fedspine_edge.base_model import base_facts
 from fedspine_edge.checkpoint import PRUNE_FILE, read_prune_file
 from fedspine_edge.commands.loaders import loads_in, try_loaders
-from fedspine_edge.commands.parity import DEFAULT_POSITIONS, Verdict, judge, logits_of, require, text_for, verdict_line
+from fedspine_edge.commands.parity import DEFAULT_POSITIONS, Verdict, judge, logits_of, require, text_for
 from fedspine_edge.commands.targets import Target, is_decoder, model_target
 from fedspine_edge.errors import IncompatibleError, UsageError
 from fedspine_edge.export.checks import check_directory
@@ -53,7 +53,7 @@ class Exported:
 
     def lines(self) -> str:
         """Returns what a person reads."""
-        checked = verdict_line(self.verdict) if self.verdict else "transformers says exactly what our model says"
+        checked = self.verdict.line() if self.verdict else "transformers says exactly what our model says"
         return f"{self.path}  {self.size_bytes / 2**20:.1f} MiB\n  checked    {checked}\n  loads in   {self.loads_in}"
 
 
@@ -168,9 +168,7 @@ def _checked(name: Path, write: Callable[[Path], Target], check: Callable[[Targe
             rejected = name.with_name(f"{name.name}.rejected")
             _remove(rejected)
             candidate.replace(rejected)
-            rejected.with_name(f"{rejected.name}.txt").write_text(
-                verdict_line(verdict) + f"\nmissed: {verdict.missed}\n"
-            )
+            rejected.with_name(f"{rejected.name}.txt").write_text(verdict.line() + f"\nmissed: {verdict.missed}\n")
             require(verdict, rejected.name)
         loaders = loads_in(try_loaders(target))
         _remove(name)

@@ -23,7 +23,15 @@ from fedspine_edge.export.gguf import FILE_TYPES
 from fedspine_edge.export.llama_session import open_session
 from fedspine_edge.export.onnx_parity import ONNX_TOLERANCES
 from fedspine_edge.export.onnx_session import onnx_class_logits, onnx_logits, open_onnx
-from fedspine_edge.export.verify import TOLERANCES, Parity, Tolerance, compare_logits, llama_logits
+from fedspine_edge.export.verify import (
+    TOLERANCES,
+    Parity,
+    Tolerance,
+    compare_logits,
+    llama_logits,
+    missed_bound,
+    parity_line,
+)
 from fedspine_edge.hardware import usable_cores
 
 DEFAULT_POSITIONS = 320
@@ -59,6 +67,10 @@ class Verdict:
     parity: Parity
     tolerance: Tolerance
     missed: str | None
+
+    def line(self) -> str:
+        """Returns the verdict in one line, each figure beside its bound."""
+        return parity_line(self.parity, self.format, self.tolerance)
 
 
 def text_for(targets: Sequence[Target], data: str, *, positions: int) -> Text:
@@ -137,7 +149,7 @@ def judge(reference: np.ndarray, target: Target, text: Text) -> Verdict:
     parity = compare_logits(reference, found, token_ids=text.token_ids or None)
     name = format_of(target)
     tolerance = {**TOLERANCES, **ONNX_TOLERANCES}.get(name, SAME_MODEL)
-    return Verdict(name, parity, tolerance, _missed(parity, tolerance))
+    return Verdict(name, parity, tolerance, missed_bound(parity, tolerance, name))
 
 
 def format_of(target: Target) -> str:
@@ -150,34 +162,10 @@ def format_of(target: Target) -> str:
     return "directory"
 
 
-def _missed(parity: Parity, tolerance: Tolerance) -> str | None:
-    if not parity.top1_agreement >= tolerance.min_top1:
-        return f"top-1 agreement {parity.top1_agreement:.4f}, below {tolerance.min_top1:g}"
-    if not parity.mean_kl <= tolerance.max_kl:
-        return f"KL {parity.mean_kl:.2g}, above {tolerance.max_kl:g}"
-    if tolerance.max_dlogit is not None and not parity.max_abs_dlogit <= tolerance.max_dlogit:
-        return f"max |dlogit| {parity.max_abs_dlogit:.2g}, above {tolerance.max_dlogit:g}"
-    return None
-
-
 def require(verdict: Verdict, what: str) -> None:
     """Raises VerificationError when a verdict is negative."""
     if verdict.missed is not None:
         raise VerificationError(
-            f"{what} does not say what its model says: {verdict.missed} ({verdict.parity.num_positions} positions)",
+            f"{what} does not say what its model says: {verdict.missed}",
             hint="take a finer format; if F32 fails too, the export is at fault: please report it",
         )
-
-
-def verdict_line(verdict: Verdict) -> str:
-    """Returns a verdict in one line, each figure beside its bound."""
-    parity, bound = verdict.parity, verdict.tolerance
-    dlogit = "" if bound.max_dlogit is None else f" (<= {bound.max_dlogit:g})"
-    line = (
-        f"{verdict.format}: max |dlogit| {parity.max_abs_dlogit:.2g}{dlogit}, "
-        f"top-1 {parity.top1_agreement:.1%} (>= {bound.min_top1:.1%}), "
-        f"KL {parity.mean_kl:.2g} (<= {bound.max_kl:g}) over {parity.num_positions} positions"
-    )
-    if parity.perplexity is not None:
-        line += f", perplexity {parity.perplexity:.2f} against {parity.reference_perplexity:.2f}"
-    return line

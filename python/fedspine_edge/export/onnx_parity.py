@@ -6,7 +6,7 @@ In: the `Parity` of a file's logits with its model's. Out: nothing, or `Verifica
 from __future__ import annotations
 
 from fedspine_edge.errors import VerificationError
-from fedspine_edge.export.verify import Parity, Tolerance
+from fedspine_edge.export.verify import Parity, Tolerance, missed_bound
 
 ONNX_TOLERANCES = {
     "fp32": Tolerance(min_top1=0.999, max_kl=1e-6, max_dlogit=1e-3),
@@ -27,15 +27,6 @@ def check_onnx_parity(parity: Parity, precision: str) -> None:
     """
     if precision not in ONNX_TOLERANCES:
         raise ValueError(f"expected a precision of {', '.join(ONNX_TOLERANCES)}, found {precision!r}")
-    tolerance = ONNX_TOLERANCES[precision]
-    if not parity.top1_agreement >= tolerance.min_top1:
-        missed = f"top-1 agreement >= {tolerance.min_top1} at {precision}, found {parity.top1_agreement:.4f}"
-    elif not parity.mean_kl <= tolerance.max_kl:
-        missed = f"a mean KL <= {tolerance.max_kl} at {precision}, found {parity.mean_kl:.3g}"
-    elif tolerance.max_dlogit is not None and not parity.max_abs_dlogit <= tolerance.max_dlogit:
-        missed = f"logits within {tolerance.max_dlogit} at {precision}, found {parity.max_abs_dlogit:.3g}"
-    else:
-        return
-    raise VerificationError(
-        f"expected {missed}", hint="do not ship this file: take fp32, or report a fault if it fails"
-    )
+    missed = missed_bound(parity, ONNX_TOLERANCES[precision], precision)
+    if missed:
+        raise VerificationError(missed, hint="do not ship this file: take fp32, or report a fault if it fails")

@@ -70,10 +70,6 @@ activations are massive, and 99 % of the positions stay below 0.05), BF16 0.6; K
 below Q8_0 can hide such a fault and `prove_structure` is the judge of it."""
 
 
-GOALS = {"F16": Tolerance(min_top1=0.995, max_kl=1e-4, max_dlogit=0.05)}
-"""What a format is meant to reach, where that is more than its tolerance."""
-
-
 def llama_logits(
     path: Path,
     token_ids: Sequence[int],
@@ -149,23 +145,17 @@ def check_parity(parity: Parity, quantization: str) -> None:
         ValueError: The quantisation is unknown.
         VerificationError: A bound is missed; NaN misses every bound.
     """
-    missed = _missed(parity, tolerance_of(quantization), quantization)
+    missed = missed_bound(parity, tolerance_of(quantization), quantization)
     if missed:
         hint = "do not ship this file: take a finer format, or report a fault of the export if F32 fails too"
         raise VerificationError(missed, hint=hint)
 
 
-def meets_goal(parity: Parity, quantization: str) -> bool:
-    """Returns whether a parity reaches the format's goal, or its tolerance where it has no goal."""
-    return not _missed(parity, GOALS.get(quantization, tolerance_of(quantization)), quantization)
-
-
-def parity_line(parity: Parity, quantization: str) -> str:
+def parity_line(parity: Parity, name: str, tolerance: Tolerance) -> str:
     """Returns a parity in one line, each figure beside what the format allows."""
-    tolerance = tolerance_of(quantization)
     bound = "" if tolerance.max_dlogit is None else f" (<= {tolerance.max_dlogit:g})"
     line = (
-        f"{quantization}: {parity.num_positions} positions, max |dlogit| {parity.max_abs_dlogit:.2g}{bound}, "
+        f"{name}: {parity.num_positions} positions, max |dlogit| {parity.max_abs_dlogit:.2g}{bound}, "
         f"top-1 {parity.top1_agreement:.4f} (>= {tolerance.min_top1:g}), "
         f"KL {parity.mean_kl:.2g} (<= {tolerance.max_kl:g})"
     )
@@ -181,14 +171,14 @@ def tolerance_of(quantization: str) -> Tolerance:
     return TOLERANCES[quantization]
 
 
-def _missed(parity: Parity, tolerance: Tolerance, quantization: str) -> str | None:
+def missed_bound(parity: Parity, tolerance: Tolerance, name: str) -> str | None:
     """Returns the first bound that is missed; NaN misses every bound."""
     if not parity.top1_agreement >= tolerance.min_top1:
-        return f"expected top-1 agreement >= {tolerance.min_top1} at {quantization}, found {parity.top1_agreement:.4f}"
+        return f"expected top-1 agreement >= {tolerance.min_top1} at {name}, found {parity.top1_agreement:.4f}"
     if not parity.mean_kl <= tolerance.max_kl:
-        return f"expected a mean KL <= {tolerance.max_kl} at {quantization}, found {parity.mean_kl:.3g}"
+        return f"expected a mean KL <= {tolerance.max_kl} at {name}, found {parity.mean_kl:.3g}"
     if tolerance.max_dlogit is not None and not parity.max_abs_dlogit <= tolerance.max_dlogit:
-        return f"expected logits within {tolerance.max_dlogit} at {quantization}, found {parity.max_abs_dlogit:.3g}"
+        return f"expected logits within {tolerance.max_dlogit} at {name}, found {parity.max_abs_dlogit:.3g}"
     return None
 
 
