@@ -32,7 +32,7 @@ test: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) sh tests/csrc/run.sh
 
 test-export: $(VENV)/.installed $(VENV)/.dev
-	$(RUN) $(BIN)/python -m pytest -m matrix tests/edge/test_export_real.py
+	$(RUN) $(BIN)/python -m pytest -rP -m matrix tests/edge/test_export_real.py
 	$(RUN) $(BIN)/python -m pytest tests/edge/test_model_commands.py tests/edge/test_export_gguf.py
 
 lint: $(VENV)/.installed $(VENV)/.dev

@@ -22,7 +22,7 @@ from fedspine_edge.workbench import open_workbench
 
 pytestmark = pytest.mark.matrix
 
-POSITIONS = 320
+POSITIONS = 640
 THREADS = 2
 PROMPT = "Question: {text}\nType:"
 
