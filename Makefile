@@ -18,6 +18,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := install --no-deps --require-hashes
 LLAMA := $(shell sed -n 's/^llama-cpp-python==\([0-9.]*\).*/\1/p' requirements/llama.txt)
+# Without AMX: llama.cpp's tile configuration on the stack is optimised away by gcc, and its AMX kernels then crash.
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
@@ -63,15 +66,15 @@ $(VENV)/.packages: requirements/run.txt requirements/torch.txt requirements/data
 	@touch $@
 
 # llama.cpp compiles for minutes: once a machine, then the wheel serves every clone.
-$(WHEELS)/.llama-$(LLAMA): requirements/llama.txt | $(VENV)/.tools
+$(LLAMA_BUILT): requirements/llama.txt | $(VENV)/.tools
 	@mkdir -p $(WHEELS)
 	@echo "building llama.cpp once, some 4 minutes on 2 cores; the wheel is kept in $(WHEELS)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DLLAVA_BUILD=OFF" CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) \
-	  $(PIP) wheel --no-deps --no-build-isolation --require-hashes -r requirements/llama.txt -w $(WHEELS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DLLAVA_BUILD=OFF" CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" \
+	  CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) $(PIP) wheel --no-cache-dir --no-deps --no-build-isolation --require-hashes -r requirements/llama.txt -w $(WHEELS)
 	@touch $@
 
-$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.packages $(WHEELS)/.llama-$(LLAMA)
-	$(PIP) install --no-deps $(WHEELS)/llama_cpp_python-$(LLAMA)-*.whl
+$(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.packages $(LLAMA_BUILT)
+	$(PIP) install --force-reinstall --no-deps $(WHEELS)/llama_cpp_python-$(LLAMA)-*.whl
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
