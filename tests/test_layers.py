@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # One line a layer; the modules of a line may not import each other. docs/architecture.md says what each is for.
 EDGE_ORDER = [
     ["errors"],
-    ["atomic", "protocol", "hardware", "config", "progress"],
+    ["atomic", "protocol", "hardware", "config", "progress", "systemd"],
     ["reference", "sources", "backends"],
     ["tensor_checks"],
     ["kernels", "elementwise"],
@@ -23,6 +23,7 @@ EDGE_ORDER = [
     ["checkpoint"],
     ["export"],
     ["profiling"],
+    ["agent"],
     ["report"],
     ["live"],
     ["commands"],

@@ -15,22 +15,39 @@ from pathlib import Path
 from fedspine_edge.errors import CheckpointError
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
+def write_bytes(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Writes a file whole or not at all, so that it is there after a power cut.
+
+    Args:
+        path: Final name.
+        content: All of it.
+        private: Whether only its owner may ever read it.
 
     Raises:
         CheckpointError: The disk is full or the folder cannot be written; nothing half-written stays.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(partial, flags, 0o600 if private else 0o644), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        sync_directory(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise _cannot_write(path, error) from error
+
+
+def sync_directory(path: Path) -> None:
+    """Makes what was renamed into a directory survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:

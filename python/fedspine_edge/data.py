@@ -50,8 +50,7 @@ def load_examples(data: str) -> list[Example]:
     Raises:
         DataError: Missing file, malformed line (its number is named), or a class that cannot be split.
     """
-    examples = _read_trec() if data == "trec6" else _read_file(Path(data))
-    distinct = list(dict.fromkeys(examples))
+    distinct = read_examples(data)
     counts = Counter(example.label for example in distinct)
     if len(counts) < MIN_CLASS_EXAMPLES:
         raise DataError(f"expected at least 2 classes in {data}, found {len(counts)}")
@@ -62,6 +61,16 @@ def load_examples(data: str) -> list[Example]:
             hint="add examples of that class (one to learn from, one to be tested on), or leave the class out",
         )
     return distinct
+
+
+def read_examples(data: str) -> list[Example]:
+    """Returns the distinct examples of a data set as they are: a device's own may all be of one class.
+
+    Raises:
+        DataError: Missing file or malformed line (its number is named).
+    """
+    examples = _read_trec() if data == "trec6" else _read_file(Path(data))
+    return list(dict.fromkeys(examples))
 
 
 def _read_trec() -> list[Example]:

@@ -8,7 +8,7 @@ Source: FedSpine (arXiv 2501.02438), the workflow of a round on the device.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +39,12 @@ class DeviceState:
 
 
 def run_round(
-    bench: Workbench, assignment: Assignment, examples: TokenSet, state: DeviceState
+    bench: Workbench,
+    assignment: Assignment,
+    examples: TokenSet,
+    state: DeviceState,
+    *,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> tuple[Update, DeviceState]:
     """Does one round.
 
@@ -48,6 +53,7 @@ def run_round(
         assignment: What the server asks.
         examples: The device's own examples, at least one.
         state: What the device remembers.
+        on_step: Called after each step with how many are done and its loss; may wait, or end the round by an exception.
 
     Raises:
         IncompatibleError: The assignment is for another base model.
@@ -71,6 +77,7 @@ def run_round(
         prune_interval=assignment.prune_interval,
         narrower=lambda done, meter: pruner.narrower(done + 1, meter, shrunk.keep),
         measure=assignment.mask_agreement < FROZEN_AGREEMENT,
+        on_step=on_step,
     )
     report = DeviceReport(
         num_examples=len(examples),

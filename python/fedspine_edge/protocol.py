@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
+import zstandard
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_blob
 from safetensors.numpy import save as save_blob
@@ -37,6 +38,7 @@ from fedspine_edge.errors import IncompatibleError
 
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 1 << 31
+COMPRESSION_LEVEL = 1  # float16 factors hardly shrink; higher levels save no more and take longer
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,11 @@ class Layout:
 
     def group(self, name: str) -> Group:
         """Returns the group of that name; raises KeyError when there is none."""
-        return _named(self.groups, name)
+        return {group.name: group for group in self.groups}[name]
 
     def matrix(self, name: str) -> Matrix:
         """Returns the matrix of that name; raises KeyError when there is none."""
-        return _named(self.matrices, name)
+        return {matrix.name: matrix for matrix in self.matrices}[name]
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON-ready dict that `from_json` reads back."""
@@ -114,16 +116,6 @@ class Layout:
             matrices=tuple(Matrix(**matrix) for matrix in document["matrices"]),
             task_head=tuple((name, tuple(shape)) for name, shape in document["task_head"]),
         )
-
-
-Named = TypeVar("Named", Group, Matrix)
-
-
-def _named(items: tuple[Named, ...], name: str) -> Named:
-    for item in items:
-        if item.name == name:
-            return item
-    raise KeyError(name)
 
 
 def expand_members(members: np.ndarray, num_members: int, features: int) -> np.ndarray:
@@ -231,8 +223,27 @@ def to_bytes(message: Assignment | Update) -> bytes:
         scalars["report"] = dataclasses.asdict(message.report)
     header = {"protocol": PROTOCOL_VERSION, "kind": type(message).__name__, **scalars}
     arrays = {name: np.ascontiguousarray(array) for name, array in message.tensors.items()}
-    blob: bytes = save_blob(arrays, metadata={"fedspine": json.dumps(header, sort_keys=True)})
-    return blob
+    return bytes(save_blob(arrays, metadata={"fedspine": json.dumps(header, sort_keys=True)}))
+
+
+def pack(message: bytes) -> bytes:
+    """Returns a message as one zstd frame that tells its size and carries a checksum."""
+    return zstandard.ZstdCompressor(level=COMPRESSION_LEVEL, write_checksum=True).compress(message)
+
+
+def unpack(frame: bytes, *, max_bytes: int) -> bytes:
+    """Returns the message in a zstd frame; its size is checked before any of it is unpacked.
+
+    Raises:
+        IncompatibleError: Not one whole frame, one that hides its size, or a message of more than `max_bytes`.
+    """
+    try:
+        declared = zstandard.frame_content_size(frame)
+        if not 0 <= declared <= max_bytes:
+            raise IncompatibleError(f"expected a message of 0 to {max_bytes} bytes, found one of {declared}")
+        return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise IncompatibleError(f"expected one whole zstd frame, found: {error}") from error
 
 
 def assignment_from_bytes(blob: bytes) -> Assignment:
@@ -261,8 +272,7 @@ def _from_bytes(blob: bytes, kind: str) -> tuple[dict[str, Any], dict[str, np.nd
         raise IncompatibleError(f"message has {len(blob)} bytes, at most {MAX_MESSAGE_BYTES} are taken")
     try:
         tensors = load_blob(blob)
-        header_length = int.from_bytes(blob[:8], "little")
-        metadata = json.loads(blob[8 : 8 + header_length]).get("__metadata__", {})
+        metadata = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")]).get("__metadata__", {})
         scalars = json.loads(metadata["fedspine"])
         version, found_kind = scalars.pop("protocol"), scalars.pop("kind")
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:

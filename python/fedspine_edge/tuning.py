@@ -115,6 +115,7 @@ def tune(
     narrower: Callable[[int, ImportanceMeter], Keep | None],
     measure: bool = True,
     own_mean_inputs: bool = False,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Tuned:
     """Tunes a model in place.
 
@@ -128,6 +129,8 @@ def tune(
         measure: Whether importance and mean inputs are measured.
         own_mean_inputs: Whether removed members are stood in for by the mean inputs measured here, rather than by those
             the model came with.
+        on_step: Called after each step with how many are done and the loss of this one; changes nothing, but may wait,
+            or end the round by an exception.
 
     Raises:
         TuningError: The loss is not finite.
@@ -150,6 +153,7 @@ def tune(
             meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
         nn.utils.clip_grad_norm_(trainable_parameters(shrunk.model), GRADIENT_CLIP)
         optimizer.step()
+        on_step(step + 1, losses[-1])
     window = max(1, min(LOSS_WINDOW, len(losses) // 2))
     return Tuned(
         loss_before=float(np.mean(losses[:window])),

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
+from fedspine_server.closing import round_end
 from fedspine_server.coordinator import assign, close_round, leave, record_accuracy, register
 from fedspine_server.device_models import (
     Conditions,
@@ -88,8 +89,9 @@ def _run_round(
     limit = math.inf if deadline is None else deadline * state.settings.deadline_slack
     updates = _tuned(trips, tune, limit, on_event)
     arrivals = {device_id: _arrival(trips[device_id], update) for device_id, update in updates.items()}
-    end = _round_seconds(list(arrivals.values()), limit, quorum=math.ceil(state.settings.min_quorum * len(trips)))
-    if end is None:
+    quorum = math.ceil(state.settings.min_quorum * len(trips))
+    end = round_end(list(arrivals.values()), num_waiting=0, limit=limit, quorum=quorum)
+    if math.isinf(end):
         end = fleet.timeout_seconds
     results = [_result(trip, updates.get(device_id), end) for device_id, trip in trips.items()]
     return close_round(state, results, round_seconds=end)
@@ -154,15 +156,6 @@ def _tuned(
         if waiting:
             on_event(_device_event(next(iter(waiting.values())), "tuning", None))
     return updates
-
-
-def _round_seconds(arrivals: Sequence[float], limit: float, *, quorum: int) -> float | None:
-    """Returns when a round ends, None when nothing arrives and there is no deadline."""
-    if not arrivals:
-        return None if math.isinf(limit) else limit
-    ordered = sorted(arrivals)
-    heard = ordered[min(max(quorum, 1), len(ordered)) - 1]
-    return max(heard, min(limit, ordered[-1]))
 
 
 def _result(trip: _Trip, update: Update | None, end: float) -> DeviceResult:

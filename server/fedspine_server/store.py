@@ -48,7 +48,7 @@ def save(directory: Path, state: RunState) -> Path:
     Raises:
         CheckpointError: The disk is full, or the file cannot be written; files saved before are still there.
     """
-    blob = _to_blob(state)
+    blob = to_bytes(state)
     path = directory / f"round-{state.round_index:06d}.safetensors"
     temporary = directory / f".{path.name}.partial"
     try:
@@ -84,6 +84,18 @@ def load(directory: Path) -> RunState:
         f"expected a valid round-*.safetensors in {directory}, found {found}",
         hint="give the directory of a run that was saved, or start the run anew",
     )
+
+
+def from_bytes(blob: bytes) -> RunState:
+    """Returns the state in a blob made by `to_bytes`.
+
+    Raises:
+        CheckpointError: It is damaged or of another version.
+    """
+    try:
+        return _from_blob(blob, "a blob")
+    except _DamagedError as damage:
+        raise CheckpointError(f"expected a whole state, found one damaged: {damage}") from damage
 
 
 class _DamagedError(Exception):
@@ -124,7 +136,8 @@ def _cannot_write(path: Path, num_bytes: int, error: OSError) -> CheckpointError
     )
 
 
-def _to_blob(state: RunState) -> bytes:
+def to_bytes(state: RunState) -> bytes:
+    """Returns a state as one safetensors blob that holds a checksum over everything in it."""
     arrays = {f"task_head/{name}": value for name, value in state.task_head.items()}
     arrays |= {f"importance/{name}": value for name, value in state.importance.items()}
     arrays |= {f"mean_input/{name}": value for name, value in state.mean_input.items()}
@@ -161,7 +174,7 @@ def _checksum(text: str, arrays: Mapping[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _from_blob(blob: bytes, path: Path) -> RunState:
+def _from_blob(blob: bytes, where: Path | str) -> RunState:
     try:
         arrays = load_blob(blob)
         length = int.from_bytes(blob[:8], "little")
@@ -171,7 +184,7 @@ def _from_blob(blob: bytes, path: Path) -> RunState:
         raise _DamagedError(f"not a whole state file: {error}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"expected state format {FORMAT_VERSION}, found {version} in {path}",
+            f"expected state format {FORMAT_VERSION}, found {version} in {where}",
             hint="resume with the version of fedspine-edge that saved it",
         )
     if checksum != _checksum(text, arrays):

@@ -1,0 +1,82 @@
+"""A task as the server describes it, checked field by field before anything is done with it.
+
+Comes in: JSON from the server. Goes out: a dict of known fields of known types: data, never code, and no name that
+could lead out of the device's own directory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fedspine_edge.errors import IncompatibleError
+
+HASH = re.compile(r"[0-9a-f]{64}")
+TASK_ID = re.compile(r"[0-9a-f]{32}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+MAX_BYTES = 1 << 31
+COUNTS = ("attempt", "round_index", "rank", "num_steps", "seed", "chunk_bytes", "max_update_bytes")
+
+
+def checked_task(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a task's known fields.
+
+    Raises:
+        IncompatibleError: One is missing, or is not what it must be.
+    """
+    try:
+        blob, recipe = reply["blob"], reply["recipe"]
+        task = {
+            **{name: _count(reply, name, 1 << 53) for name in COUNTS},
+            "task_id": _text(reply, "task_id", TASK_ID),
+            "run_id": _text(reply, "run_id", NAME),
+            "device_id": _text(reply, "device_id", NAME),
+            "base_sha256": _text(reply, "base_sha256", HASH),
+            "pruning_ratio": _number(reply, "pruning_ratio", 1.0),
+            "lease_seconds": _number(reply, "lease_seconds", math.inf),
+            "blob": {
+                "sha256": _text(blob, "sha256", HASH),
+                "num_bytes": _count(blob, "num_bytes", MAX_BYTES),
+                "message_bytes": _count(blob, "message_bytes", MAX_BYTES),
+            },
+            "recipe": _recipe(recipe),
+        }
+    except (KeyError, TypeError) as error:
+        raise IncompatibleError(
+            f"expected a whole task, found none of: {error}", hint="upgrade the older side"
+        ) from error
+    if not task["chunk_bytes"] or not task["num_steps"] or not task["rank"]:
+        raise IncompatibleError("expected chunk_bytes, num_steps and rank of at least 1, found 0")
+    return task
+
+
+def _text(fields: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
+    value = fields[name]
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise IncompatibleError(f"expected {name} as {pattern.pattern}, found {value!r:.80}")
+    return value
+
+
+def _count(fields: Mapping[str, Any], name: str, most: int) -> int:
+    value = fields[name]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise IncompatibleError(f"expected {name} as a whole number of 0 to {most}, found {value!r:.80}")
+    return value
+
+
+def _number(fields: Mapping[str, Any], name: str, most: float) -> float:
+    value = fields[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
+        raise IncompatibleError(f"expected {name} as a number of 0 to {most}, found {value!r:.80}")
+    return float(value)
+
+
+def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    classes, prompt = recipe["classes"], recipe["prompt"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise IncompatibleError(f"expected the names of the classes, found {classes!r:.80}")
+    if prompt is not None and not (isinstance(prompt, str) and prompt.count("{text}") == 1):
+        raise IncompatibleError(f"expected a prompt with {{text}} once, found {prompt!r:.80}")
+    return {"classes": classes, "prompt": prompt}

@@ -1,0 +1,106 @@
+"""What came back of a round -> what the coordinator takes, with the seconds that were measured, or recorded ones.
+
+Comes in: result rows and blobs. Goes out: `DeviceResult`s and the round's length. Measured: the device's own stopwatch
+for download, work and upload (its clock is never asked for the time), the server's for the round.
+
+Recorded seconds replace measured ones and nothing else: updates are the real devices', admission and aggregation too.
+So a run can be compared bit by bit with one of the simulated fleet, whose controller saw those seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedspine_edge.errors import IncompatibleError
+from fedspine_edge.protocol import MAX_MESSAGE_BYTES, Update, unpack, update_from_bytes
+from fedspine_server.link.blobs import BlobStore
+from fedspine_server.link.tables import FAILED, KEPT, ResultRow
+from fedspine_server.results import DeviceResult
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Everything that is known when a round ends.
+
+    Attributes:
+        rows: The round's results.
+        facts: device_id -> what the board said of itself.
+        opened_at: When the round began, server's clock.
+        closing_at: When it ended.
+        round_index: Which round.
+        timings: Recorded rounds, None to take what was measured.
+    """
+
+    rows: Sequence[ResultRow]
+    facts: Mapping[str, Mapping[str, Any]]
+    opened_at: float
+    closing_at: float
+    round_index: int
+    timings: Sequence[Mapping[str, Any]] | None
+
+
+def device_results(answers: Answers, blobs: BlobStore) -> tuple[list[DeviceResult], float]:
+    """Returns one result a device that said anything, and the length of the round in seconds."""
+    found: dict[str, DeviceResult] = {}
+    for row in answers.rows:
+        if row.device_id not in found or found[row.device_id].arrival == "dropped":
+            found[row.device_id] = _measured(row, answers, blobs)
+    results = list(found.values())
+    if answers.timings is None:
+        return results, answers.closing_at - answers.opened_at
+    record = answers.timings[answers.round_index]
+    by_device = {device["device_id"]: device for device in record["devices"]}
+    timed = [_recorded(result, by_device.get(result.device_id)) for result in results]
+    return timed, record["virtual_end_seconds"] - record["virtual_start_seconds"]
+
+
+def _measured(row: ResultRow, answers: Answers, blobs: BlobStore) -> DeviceResult:
+    facts = answers.facts.get(row.device_id, {})
+    board, power_mode = facts.get("board") or "", facts.get("power_mode") or ""
+    if row.fate != KEPT or row.blob_sha256 is None:
+        said = "failed: " if row.fate == FAILED else "refused: "
+        return DeviceResult(
+            row.device_id, "dropped", detail=said + (row.detail or ""), board=board, power_mode=power_mode
+        )
+    update = read_update(blobs, row.blob_sha256)
+    return DeviceResult(
+        device_id=row.device_id,
+        arrival="arrived",
+        update=update,
+        compute_seconds=_seconds(update),
+        download_seconds=row.seconds["download"],
+        upload_seconds=row.seconds["upload"],
+        waiting_seconds=max(0.0, answers.closing_at - row.received_at),
+        board=board,
+        power_mode=power_mode,
+    )
+
+
+def _seconds(update: Update | None) -> float:
+    """What a device says its work took; whether it may say so is for admission, but nothing else goes on record."""
+    value = update.report.compute_seconds if update else 0.0
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+
+
+def read_update(blobs: BlobStore, sha256: str) -> Update | None:
+    """Returns a kept update; None for one that cannot be read any more, which then counts as missing."""
+    try:
+        return update_from_bytes(unpack(blobs.read(sha256), max_bytes=MAX_MESSAGE_BYTES))
+    except (IncompatibleError, KeyError):
+        return None
+
+
+def _recorded(result: DeviceResult, record: Mapping[str, Any] | None) -> DeviceResult:
+    if record is None or result.arrival == "dropped" or record["state"] in ("dropped", "away"):
+        detail = result.detail or "not in the recording"
+        return dataclasses.replace(result, arrival="dropped", update=None, detail=detail)
+    return dataclasses.replace(
+        result,
+        arrival="late" if record["state"] == "late" else "arrived",
+        **{name: record[name] for name in ("compute_seconds", "download_seconds", "upload_seconds", "waiting_seconds")},
+        **{name: record[name] for name in ("board", "power_mode")},
+    )

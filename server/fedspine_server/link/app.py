@@ -1,0 +1,112 @@
+"""The server's ASGI application, and the thread that looks after its runs.
+
+Comes in: a hub. Goes out: an application for any ASGI server; while it is up, rounds open and close by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.types import ASGIApp
+
+from fedspine_edge.errors import FedSpineError
+from fedspine_server.link import device_api, operator_api
+from fedspine_server.link.gate import Gate
+from fedspine_server.link.hub import Hub
+from fedspine_server.link.rounds import advance, renew_leases
+from fedspine_server.link.sweeping import sweep
+from fedspine_server.link.tables import OFFERED, RUNNING, RunRow, TaskRow
+
+logger = logging.getLogger(__name__)
+
+LONG_AGO = float("-inf")
+
+
+class Steward:
+    """A thread that moves every run on, renews leases and rings for tasks other processes offered.
+
+    Args:
+        hub: What it looks after.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="steward", daemon=True)
+        self._swept_at = LONG_AGO
+        self.beats = 0
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends, after the step under way."""
+        self._over.set()
+        self._hub.nudge.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while not self._over.is_set():
+            self._hub.nudge.clear()
+            moved = False
+            try:
+                moved = self.tend()
+            except (FedSpineError, SQLAlchemyError, OSError) as error:
+                # A full disk or a lost database: everything stands where it stood, and the next tick tries again.
+                logger.exception("steward failed error=%s", type(error).__name__)
+            self.beats += 1
+            if not moved:
+                self._hub.nudge.wait(self._hub.settings.tick_seconds)
+
+    def tend(self) -> bool:
+        """Does all that is due once; returns whether anything was."""
+        hub = self._hub
+        with hub.database.read() as session:
+            running = list(session.scalars(select(RunRow.run_id).where(RunRow.status == RUNNING)))
+        moved = renew_leases(hub) > 0
+        for run_id in running:
+            moved = advance(hub, run_id) or moved
+        with hub.database.read() as session:
+            hub.bell.ring(session.scalars(select(TaskRow.device_id).where(TaskRow.status == OFFERED)).all())
+        if hub.clock() - self._swept_at > hub.settings.sweep_seconds:
+            self._swept_at = hub.clock()
+            sweep(hub)
+        return moved
+
+
+def create_app(hub: Hub) -> ASGIApp:
+    """Returns the application; its steward lives as long as its lifespan."""
+    steward = Steward(hub)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        hub.bell.open(asyncio.get_running_loop())
+        steward.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(steward.stop)
+            hub.database.close()
+
+    app = FastAPI(
+        title="FedSpine link",
+        version="1",
+        description="Between a FedSpine server and its devices. Everything but health and enroll needs a bearer token.",
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.hub = hub
+    app.state.steward = steward
+    app.include_router(device_api.router)
+    app.include_router(operator_api.router)
+    return Gate(app, hub)
