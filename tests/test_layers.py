@@ -27,7 +27,7 @@ EDGE_ORDER = [
     ["report"],
     ["live"],
     ["commands"],
-    ["cli_model", "cli_profile"],
+    ["cli_model", "cli_profile", "cli_link"],
     ["cli"],
 ]
 SERVER_MAY_IMPORT = {"fedspine_edge.protocol", "fedspine_edge.errors"}

@@ -44,7 +44,8 @@ class Experiment:
         quantizations: GGUF formats to export; none for an encoder.
         seed: Seed of the split, the shards, the fleet and the run.
         run: Settings of the rounds.
-        fleet: The devices.
+        fleet: The devices of a simulated or emulated fleet.
+        link: With real devices: `classes` where the server has no data, and how rounds are held.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Experiment:
     seed: int = 0
     run: dict[str, Any] = field(default_factory=dict)
     fleet: dict[str, Any] = field(default_factory=dict)
+    link: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prompt.count("{text}") != 1:

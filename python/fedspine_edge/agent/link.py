@@ -66,8 +66,8 @@ def fetch_ca(url: str, expected: str) -> str:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with _pool(context) as pool:
-        reply = _request(pool, "GET", f"{url}/v1/health", {}, None, READ_SECONDS)
+    with open_pool(context) as pool:
+        reply = request(pool, "GET", f"{url}/v1/health", {}, None, READ_SECONDS)
     ca = str((reply or {}).get("ca", ""))
     if fingerprint(ca) != expected:
         found = fingerprint(ca)[:12] or "none"
@@ -88,14 +88,14 @@ class Link:
 
     def __init__(self, identity: Identity, boot_id: str) -> None:
         self._url = identity.url.rstrip("/")
-        self._pool = _pool(pinned_context(identity.ca) if self._url.startswith("https:") else None)
+        self._pool = open_pool(pinned_context(identity.ca) if self._url.startswith("https:") else None)
         self._headers = {"Authorization": f"Bearer {identity.device_id}.{identity.secret}", "X-Boot": boot_id}
         self.boot_id = boot_id
 
     def enroll(self, identity: Identity, claim: str, facts: Mapping[str, Any]) -> str:
         """Asks to be let in and returns the device's status."""
         body = {"claim": claim, "device_id": identity.device_id, "secret": identity.secret, "facts": facts}
-        return str(_request(self._pool, "POST", f"{self._url}/v1/enroll", {}, body, READ_SECONDS)["status"])
+        return str(request(self._pool, "POST", f"{self._url}/v1/enroll", {}, body, READ_SECONDS)["status"])
 
     def hello(self, inventory: Mapping[str, Any], task: Mapping[str, Any] | None) -> dict[str, Any]:
         """Begins, or begins again; returns what the server says."""
@@ -186,24 +186,31 @@ class Link:
             "X-Chunk-SHA256": hashlib.sha256(chunk).hexdigest(),
             "Content-Type": "application/octet-stream",
         }
-        _request(self._pool, "PUT", self._url + path, headers, chunk, READ_SECONDS)
+        request(self._pool, "PUT", self._url + path, headers, chunk, READ_SECONDS)
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None, seconds: float = READ_SECONDS) -> Any:
-        return _request(self._pool, method, self._url + path, self._headers, body, seconds)
+        return request(self._pool, method, self._url + path, self._headers, body, seconds)
 
     def close(self) -> None:
         """Closes the connection."""
         self._pool.clear()
 
 
-def _pool(context: ssl.SSLContext | None) -> urllib3.PoolManager:
+def open_pool(context: ssl.SSLContext | None) -> urllib3.PoolManager:
+    """Returns a pool of one connection, verified by a context; None is for plain HTTP in tests."""
     return urllib3.PoolManager(num_pools=1, maxsize=1, retries=False, ssl_context=context)
 
 
-def _request(
+def request(
     pool: urllib3.PoolManager, method: str, url: str, headers: Mapping[str, str], body: Any, read_seconds: float
 ) -> Any:
-    """One call: JSON or raw bytes in, JSON (for HEAD: the headers) out."""
+    """Makes one call: JSON or raw bytes in, JSON (for HEAD: the headers) out.
+
+    Raises:
+        UnreachableError: No answer, or one that says to try again.
+        DismissedError: The server knows no such device, or another boot of it owns the identity.
+        NotTakenError: Any other refusal.
+    """
     headers = dict(headers)
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body, allow_nan=False).encode()

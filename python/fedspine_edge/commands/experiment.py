@@ -209,7 +209,7 @@ def build_scene(run_dir: Path) -> Scene:
         fleet=fleet,
         base=bench.base,
         layout=bench.layout,
-        task_head=_task_head(bench),
+        task_head=first_task_head(bench),
         encoding=encoding,
         split=parts,
         devices=devices,
@@ -217,14 +217,19 @@ def build_scene(run_dir: Path) -> Scene:
     )
 
 
-def _shards(experiment: Experiment, parts: Split, encoding: Encoding, num_devices: int) -> list[TokenSet]:
+def shares_of(experiment: Experiment, parts: Split, num_devices: int) -> list[np.ndarray]:
+    """Returns which rows of the training examples each device has."""
     labels = [example.label for example in parts.train]
-    shares = partition(labels, num_devices=num_devices, alpha=experiment.dirichlet_alpha, seed=experiment.seed)
+    return partition(labels, num_devices=num_devices, alpha=experiment.dirichlet_alpha, seed=experiment.seed)
+
+
+def _shards(experiment: Experiment, parts: Split, encoding: Encoding, num_devices: int) -> list[TokenSet]:
     tokens = encoding.encode(parts.train)
-    return [tokens.take(share) for share in shares]
+    return [tokens.take(share) for share in shares_of(experiment, parts, num_devices)]
 
 
-def _task_head(bench: Workbench) -> dict[str, np.ndarray]:
+def first_task_head(bench: Workbench) -> dict[str, np.ndarray]:
+    """Returns the first values of the densely trained parameters."""
     parameters = dict(bench.model.named_parameters())
     return {name: parameters[name].detach().numpy().copy() for name, _ in bench.layout.task_head}
 

@@ -82,9 +82,9 @@ class Steward:
         return moved
 
 
-def create_app(hub: Hub) -> ASGIApp:
-    """Returns the application; its steward lives as long as its lifespan."""
-    steward = Steward(hub)
+def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
+    """Returns the application; its steward, a new one when none is given, lives as long as its lifespan."""
+    steward = steward or Steward(hub)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -106,7 +106,6 @@ def create_app(hub: Hub) -> ASGIApp:
         redoc_url=None,
     )
     app.state.hub = hub
-    app.state.steward = steward
     app.include_router(device_api.router)
     app.include_router(operator_api.router)
     return Gate(app, hub)
