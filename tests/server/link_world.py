@@ -31,7 +31,7 @@ from fedspine_server.link.tables import ACCEPTED
 from fedspine_server.settings import RunSettings
 
 BASE = hashlib.sha256(b"toy").hexdigest()
-QUICK = LinkSettings(tick_seconds=0.02, wait_seconds=5.0, progress_seconds=0.2, chunk_bytes=1 << 10)
+QUICK = LinkSettings(tick_seconds=0.02, wait_seconds=5.0, progress_seconds=0.2, chunk_bytes=1 << 10, enroll_tries=1000)
 
 
 @dataclasses.dataclass

@@ -11,7 +11,9 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.types import ASGIApp
@@ -82,6 +84,13 @@ class Steward:
         return moved
 
 
+async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
+    """Names the fields and says why; what came in is not sent back, for it may be anything."""
+    assert isinstance(error, RequestValidationError)
+    said = [{"loc": list(found["loc"])[:8], "msg": found["msg"][:200]} for found in error.errors()[:8]]
+    return JSONResponse({"detail": said}, status_code=422)
+
+
 def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
     """Returns the application; its steward, a new one when none is given, lives as long as its lifespan."""
     steward = steward or Steward(hub)
@@ -106,6 +115,7 @@ def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
         redoc_url=None,
     )
     app.state.hub = hub
+    app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     app.include_router(device_api.router)
     app.include_router(operator_api.router)
     return Gate(app, hub)

@@ -24,10 +24,6 @@ OPERATOR_BODY_BYTES = 256 << 20
 UPLOAD = "/v1/upload/"
 
 
-class _TooLargeError(Exception):
-    """A body went past its limit."""
-
-
 class Gate:
     """ASGI middleware: authenticates, limits, and turns the program's own errors into answers.
 
@@ -54,10 +50,12 @@ class Gate:
             return
         scope.setdefault("state", {})["principal"] = principal
         limit = self._limit(scope["path"], principal)
-        if not _declares_at_most(headers, limit):
-            await _answer(send, 413, f"expected a body of at most {limit} bytes")
+        body = await _whole_body(receive, limit) if _declares_at_most(headers, limit) else None
+        if body is None:
+            # What is still to come of the body is not worth reading.
+            await _answer(send, 413, f"expected a body of at most {limit} bytes", {"Connection": "close"})
             return
-        await self._through(scope, _limited(receive, limit), send)
+        await self._through(scope, _replayed(body, receive), send)
 
     async def _principal(self, headers: Mapping[bytes, bytes]) -> Principal | None:
         scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
@@ -84,9 +82,6 @@ class Gate:
 
         try:
             await self._app(scope, receive, watched)
-        except _TooLargeError:
-            if not begun:
-                await _answer(send, 413, "expected a smaller body")
         except FedSpineError as error:
             if begun:
                 raise
@@ -98,20 +93,32 @@ def _declares_at_most(headers: Mapping[bytes, bytes], limit: int) -> bool:
     return declared.isdigit() and len(declared) < len(str(limit)) + 2 and int(declared) <= limit
 
 
-def _limited(receive: Receive, limit: int) -> Receive:
-    """Counts what really comes: a length may lie, and a chunked body has none."""
-    total = 0
-
-    async def counted() -> Message:
-        nonlocal total
+async def _whole_body(receive: Receive, limit: int) -> bytes | None:
+    """Returns a body, None as soon as it is past its limit: a length may lie, and a chunked body has none."""
+    parts, total, more = list[bytes](), 0, True
+    while more:
         message = await receive()
-        if message["type"] == "http.request":
-            total += len(message.get("body", b""))
-            if total > limit:
-                raise _TooLargeError
-        return message
+        if message["type"] != "http.request":
+            return b""  # the client is gone; nobody reads an answer
+        parts.append(message.get("body", b""))
+        total += len(parts[-1])
+        more = message.get("more_body", False)
+        if total > limit:
+            return None
+    return b"".join(parts)
 
-    return counted
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
 
 
 async def _answer(
