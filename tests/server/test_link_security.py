@@ -231,3 +231,10 @@ def test_the_wrong_secret_dismisses_a_device(world):
     device.link._headers["Authorization"] = "Bearer forger." + "t" * 43
     with pytest.raises(DismissedError, match="server answered 401: expected a valid bearer token"):
         device.hello()
+
+
+def test_a_long_poll_may_take_longer_than_connecting(world, monkeypatch):
+    monkeypatch.setattr("fedspine_edge.agent.link.CONNECT_SECONDS", 0.2)
+    device = ToyDevice(world, "patient")
+    device.hello()
+    assert device.task(0.5) is None

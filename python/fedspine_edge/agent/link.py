@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import ssl
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def fetch_ca(url: str, expected: str) -> str:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    with open_pool(context) as pool:
+    with open_pool(context) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", urllib3.exceptions.InsecureRequestWarning)
         reply = request(pool, "GET", f"{url}/v1/health", {}, None, READ_SECONDS)
     ca = str((reply or {}).get("ca", ""))
     if fingerprint(ca) != expected:
@@ -152,7 +154,7 @@ class Link:
         headers = {**self._headers, "Range": f"bytes={file.tell()}-"}
         url = f"{self._url}/v1/blob/{sha256}"
         try:
-            timeout = urllib3.Timeout(CONNECT_SECONDS, READ_SECONDS)
+            timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS)
             reply = self._pool.request("GET", url, headers=headers, preload_content=False, timeout=timeout)
             try:
                 if reply.status not in (200, 206):
@@ -216,7 +218,7 @@ def request(
         body = json.dumps(body, allow_nan=False).encode()
         headers["Content-Type"] = "application/json"
     try:
-        timeout = urllib3.Timeout(CONNECT_SECONDS, read_seconds)
+        timeout = urllib3.Timeout(connect=CONNECT_SECONDS, read=read_seconds)
         reply = pool.request(method, url, headers=headers, body=body, preload_content=False, timeout=timeout)
         try:
             content = reply.read(MAX_REPLY_BYTES)
