@@ -48,6 +48,7 @@ def simulate(
     dense_reference: Annotated[
         bool | None, typer.Option(help="Also run it unpruned, to compare with (the preset decides).")
     ] = None,
+    law: Annotated[Path | None, typer.Option(help="Step-time law, from fedspine profile --train.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME when not given.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     workers: Annotated[int | None, typer.Option(help="Devices trained at once; all cores when not given.")] = None,
@@ -59,7 +60,7 @@ def simulate(
     from fedspine_edge.commands import experiment as run
     from fedspine_edge.commands import simulate as command
 
-    overrides = run.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference)
+    overrides = run.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference, law)
     run_dir = run.prepare(experiment, overrides, out=out, resume=resume)
     try:
         summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)

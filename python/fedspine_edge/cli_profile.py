@@ -18,7 +18,10 @@ Files = Annotated[
 Prompts = Annotated[str | None, typer.Option("-p", "--n-prompt", help="Prompt tokens, e.g. 64,512; else 512.")]
 Generates = Annotated[str | None, typer.Option("-n", "--n-gen", help="Generated tokens; else 128.")]
 Pairs = Annotated[list[str] | None, typer.Option("-pg", help="Prompt, then generation: 512,128.")]
-Batches = Annotated[str | None, typer.Option("-b", "--batch-size", help="Prompt tokens a step; else 2048.")]
+Batches = Annotated[
+    str | None,
+    typer.Option("-b", "--batch-size", help="Prompt tokens a step, else 2048; --train: examples, else 8."),
+]
 Threads = Annotated[str | None, typer.Option("-t", "--threads", help="Threads; else one a core.")]
 Repetitions = Annotated[int, typer.Option("-r", "--repetitions", help="Timed runs of each test.", min=1)]
 Output = Annotated[str, typer.Option("-o", "--output", help="md, csv, json or jsonl.")]
@@ -45,15 +48,36 @@ def profile(
         bool, typer.Option("--sweep-power-modes", help="Measure in each power mode of a Jetson.")
     ] = False,
     nvpmodel: Annotated[str, typer.Option(envvar="FEDSPINE_NVPMODEL", help="Program that sets them.")] = "nvpmodel",
+    train: Annotated[bool, typer.Option("--train", help="Measure tuning steps of a model directory instead.")] = False,
+    ratio: Annotated[str | None, typer.Option(help="With --train: pruning ratios; else 0,0.25,0.5.")] = None,
+    rank: Annotated[str | None, typer.Option(help="With --train: LoRA ranks; else 4,16,32.")] = None,
+    seq: Annotated[str | None, typer.Option(help="With --train: tokens of an example; else 32.")] = None,
+    law: Annotated[Path | None, typer.Option(help="With --train: file for the step-time law.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure speed, latency, memory and energy of models, with llama-bench's options and table."""
+    paths = [*(files or []), *(model or [])]
+    output = "json" if json else output
+    if train:
+        if (n_prompt, n_gen, pg, sweep_power_modes) != (None, None, None, False) or len(paths) != 1:
+            raise UsageError(
+                "expected one model and no -p, -n, -pg or sweep with --train, found others",
+                hint="fedspine profile smollm2-135m --train --ratio 0,0.25,0.5 --rank 4,16,32",
+            )
+        from fedspine_edge.commands import profile_train as steps
+
+        wanted_steps = steps.WantedSteps(ratio, rank, batch_size, seq, threads, repetitions)
+        gates = fail_if or []
+        steps.profile_train(
+            str(paths[0]), wanted_steps, law=law, output=output, fail_if=gates, quiet=quiet, show=typer.echo
+        )
+        return
+    if (ratio, rank, seq, law) != (None, None, None, None):
+        raise UsageError("expected --ratio, --rank, --seq and --law with --train only, found them without")
     from fedspine_edge.commands import profile as command
 
     wanted = command.Wanted(n_prompt, n_gen, tuple(pg or ()), batch_size, threads, repetitions)
-    paths = [*(files or []), *(model or [])]
-    output = "json" if json else output
     if sweep_power_modes:
         from fedspine_edge.commands.sweep import sweep
 

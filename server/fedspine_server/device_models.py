@@ -17,6 +17,8 @@ from types import MappingProxyType
 
 import numpy as np
 
+from fedspine_server.step_law import StepLaw
+
 GIB = 1 << 30
 ROUNDS_A_MODE = 20  # power modes are drawn anew after so many rounds
 LOAD_RANGE = (1.0, 1.6)
@@ -25,6 +27,7 @@ BANDWIDTH_MEANS = (24e6, 16e6, 9e6, 4e6)  # bits a second, one a distance group
 BANDWIDTH_DEVIATION = 0.25  # lognormal
 BANDWIDTH_RANGE = (1e6, 30e6)
 DIP_FACTOR = 0.1
+ASSUMED_LAW = StepLaw(0.15, 0.78, 0.07)  # until a board's own is measured
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class FleetSettings:
     Attributes:
         seed: Seed of modes, loads, bandwidths and drop-outs.
         base_step_seconds: Seconds of a step of the unpruned model on a TX2 in its best mode without load.
+        step_law: What pruning and rank make of it.
         drop_out_probability: Chance that a device does not answer in a round.
         bandwidth_dip_probability: Chance that its bandwidth is a tenth in a round.
         timeout_seconds: Length of a round from which nothing comes back and that has no deadline.
@@ -100,6 +104,7 @@ class FleetSettings:
 
     seed: int = 0
     base_step_seconds: float = 1.0
+    step_law: StepLaw = ASSUMED_LAW
     drop_out_probability: float = 0.0
     bandwidth_dip_probability: float = 0.0
     timeout_seconds: float = 60.0
@@ -153,11 +158,11 @@ def compute_seconds(
     num_steps: int,
     pruning_ratio: float,
     rank: int,
-    base_step_seconds: float,
+    fleet: FleetSettings,
 ) -> float:
-    """Returns the seconds of local work; a pruned step costs 0.15 + 0.78 (1 - p) + 0.07 r / 16 of an unpruned one."""
-    work = 0.15 + 0.78 * (1 - pruning_ratio) + 0.07 * rank / 16
-    return num_steps * base_step_seconds * BOARDS[spec.board].step_time * conditions.slowdown * work
+    """Returns the seconds of local work: the board's, in these conditions, for steps the law tells the size of."""
+    work = fleet.step_law.work(pruning_ratio, rank)
+    return num_steps * fleet.base_step_seconds * BOARDS[spec.board].step_time * conditions.slowdown * work
 
 
 def make_specs(

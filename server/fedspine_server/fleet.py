@@ -122,7 +122,7 @@ def _trip(spec: DeviceSpec, assignment: Assignment, fleet: FleetSettings) -> _Tr
             num_steps=assignment.num_steps,
             pruning_ratio=assignment.pruning_ratio,
             rank=assignment.rank,
-            base_step_seconds=fleet.base_step_seconds,
+            fleet=fleet,
         ),
     )
 

@@ -11,6 +11,7 @@ from fedspine_server.device_models import (
     conditions_of,
     make_specs,
 )
+from fedspine_server.step_law import StepLaw
 
 SPEC = DeviceSpec("a", "AGX Xavier", 10, 1 << 30, 3)
 
@@ -49,9 +50,17 @@ def test_drop_outs_and_dips_come_as_often_as_asked():
 
 
 def test_seconds_of_work_by_hand():
-    conditions = conditions_of(SPEC, 0, FleetSettings())
-    seconds = compute_seconds(SPEC, conditions, num_steps=10, pruning_ratio=0.5, rank=32, base_step_seconds=2.0)
+    fleet = FleetSettings(base_step_seconds=2.0)
+    conditions = conditions_of(SPEC, 0, fleet)
+    seconds = compute_seconds(SPEC, conditions, num_steps=10, pruning_ratio=0.5, rank=32, fleet=fleet)
     assert seconds == pytest.approx(10 * 2.0 * 0.25 * conditions.slowdown * (0.15 + 0.39 + 0.14))
+
+
+def test_a_measured_law_takes_the_place_of_the_assumed_one():
+    fleet = FleetSettings(step_law=StepLaw(0.5, 0.4, 0.1))
+    conditions = conditions_of(SPEC, 0, fleet)
+    seconds = compute_seconds(SPEC, conditions, num_steps=1, pruning_ratio=0.5, rank=32, fleet=fleet)
+    assert seconds == pytest.approx(0.25 * conditions.slowdown * (0.5 + 0.2 + 0.2))
 
 
 def test_a_fleet_has_the_papers_mix_of_boards():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedspine_server.device_models import FleetSettings
+from fedspine_server.device_models import ASSUMED_LAW, FleetSettings
+from fedspine_server.step_law import StepLaw
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Fleet:
         churn: Chance that a device joins or leaves in mid-run.
         bandwidth_dips: Chance that a device's bandwidth is a tenth in a round.
         base_step_seconds: Seconds of a step of the unpruned model on a TX2 in its best mode.
+        step_law: What pruning and rank make of it: constant part, part that pruning removes, LoRA at rank 16.
     """
 
     tx2: int = 0
@@ -34,6 +36,7 @@ class Fleet:
     churn: float = 0.0
     bandwidth_dips: float = 0.0
     base_step_seconds: float = 1.0
+    step_law: tuple[float, float, float] = (ASSUMED_LAW.constant, ASSUMED_LAW.kept, ASSUMED_LAW.lora)
 
     def __post_init__(self) -> None:
         for name in ("tx2", "xavier_nx", "agx_xavier"):
@@ -43,6 +46,7 @@ class Fleet:
             raise ValueError("expected at least one device, found none")
         if not 0 <= self.churn <= 1:
             raise ValueError(f"churn must be in 0..1, found {self.churn}")
+        StepLaw(*self.step_law)  # refuses what is none
 
     @property
     def boards(self) -> tuple[str, ...]:
@@ -63,6 +67,7 @@ class Fleet:
         return FleetSettings(
             seed=seed,
             base_step_seconds=self.base_step_seconds,
+            step_law=StepLaw(*self.step_law),
             drop_out_probability=self.drop_out,
             bandwidth_dip_probability=self.bandwidth_dips,
         )

@@ -27,7 +27,7 @@ from fedspine_edge.masks import choose
 from fedspine_edge.protocol import Layout
 from fedspine_edge.sources import model_directory
 from fedspine_edge.workbench import GlobalModel, Workbench, open_workbench
-from fedspine_server import store
+from fedspine_server import step_law, store
 from fedspine_server.arms import schedule_ratio
 from fedspine_server.coordinator import RunState, init
 from fedspine_server.device_models import DeviceSpec, make_specs
@@ -49,6 +49,7 @@ class Overrides:
     controller: str | None = None
     sparsity: float | None = None
     dense_reference: bool | None = None
+    law: Path | None = None
 
 
 def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, resume: Path | None) -> Path:
@@ -61,7 +62,7 @@ def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, r
         resume: The run to go on with.
 
     Raises:
-        UsageError: Contradictory flags, unknown preset or key, a value out of range.
+        UsageError: Contradictory flags, unknown preset or key, a value out of range, no step-time law in its file.
         CheckpointError: The run directory is none, or of another version.
     """
     if resume is not None:
@@ -98,7 +99,19 @@ def _with_overrides(table: dict[str, Any], overrides: Overrides) -> dict[str, An
     run |= {key: value for key, value in inner.items() if value is not None}
     if overrides.devices is not None:
         fleet = dataclasses.asdict(settings_from(Fleet, fleet, where="[fleet]").scaled(overrides.devices))
+    if overrides.law is not None:
+        run, fleet = _with_law(run, fleet, step_law.read(overrides.law))
     return {**table, **{key: value for key, value in top.items() if value is not None}, "run": run, "fleet": fleet}
+
+
+def _with_law(
+    run: dict[str, Any], fleet: dict[str, Any], law: step_law.StepLaw
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The run and fleet tables with a measured law: the simulated boards follow it, `structured` begins with it."""
+    parts = [law.constant, law.kept, law.lora]
+    if run.get("controller", RunSettings().controller) == "structured":
+        run = {**run, "controller_options": {**run.get("controller_options", {}), "step_law": parts}}
+    return run, {**fleet, "step_law": parts}
 
 
 def _check(table: Mapping[str, Any], where: str) -> None:

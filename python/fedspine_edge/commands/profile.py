@@ -59,16 +59,16 @@ class Wanted:
             UsageError: Something is not a list of numbers, or nothing is left to run.
         """
         tests = [
-            *(Trial(count, 0) for count in _numbers("-p", self.prompts, DEFAULT_PROMPT, lowest=0) if count),
-            *(Trial(0, count) for count in _numbers("-n", self.generates, DEFAULT_GENERATE, lowest=0) if count),
+            *(Trial(count, 0) for count in numbers("-p", self.prompts, DEFAULT_PROMPT, lowest=0) if count),
+            *(Trial(0, count) for count in numbers("-n", self.generates, DEFAULT_GENERATE, lowest=0) if count),
             *map(_pair, self.pairs),
         ]
         if not tests:
             raise UsageError(
                 "expected something to run, found -p 0 and -n 0", hint="give -p 512, -n 128 or -pg 512,128"
             )
-        threads = _numbers("-t", self.threads, (usable_cores(),), lowest=1)
-        batches = _numbers("-b", self.batches, DEFAULT_BATCH, lowest=1)
+        threads = numbers("-t", self.threads, (usable_cores(),), lowest=1)
+        batches = numbers("-b", self.batches, DEFAULT_BATCH, lowest=1)
         return [
             Options(tuple(dict.fromkeys(tests)), self.repetitions, num_threads, num_batch)
             for num_threads, num_batch in itertools.product(threads, batches)
@@ -201,13 +201,14 @@ def _by_name(rows: Sequence[Row]) -> dict[str, dict[str, float | None]]:
 
 
 def _pair(text: str) -> Trial:
-    counts = _numbers("-pg", text, (), lowest=1)
+    counts = numbers("-pg", text, (), lowest=1)
     if len(counts) != 2:
         raise UsageError(f"expected two numbers for -pg, found {text!r}", hint="give -pg 512,128")
     return Trial(*counts)
 
 
-def _numbers(option: str, text: str | None, default: tuple[int, ...], *, lowest: int) -> tuple[int, ...]:
+def numbers(option: str, text: str | None, default: tuple[int, ...], *, lowest: int) -> tuple[int, ...]:
+    """Returns the numbers of an option, with commas; raises UsageError for anything else."""
     if text is None:
         return default
     words = [word.strip() for word in text.split(",")]

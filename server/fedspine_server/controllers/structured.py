@@ -34,7 +34,7 @@ LEAST_STEPS, MOST_STEPS = 0.25, 2.0  # shares of the nominal steps
 COVERED_EXAMPLES = 0.9
 OVERSHOOT_PENALTY = 1.2  # ln worth a unit of ratio above the schedule: nobody else trains those members less
 # Progress 1.2: at 1.0 a run of 12 rounds was as far at the same second, but ended 0 to 3 points lower.
-DEFAULT_OPTIONS = {"progress": 1.2, "exploration": 0.5}
+DEFAULT_OPTIONS = {"progress": 1.2, "exploration": 0.5, "step_law": timing.PRIOR_WORK}
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,17 @@ class _Offers:
 def init(settings: RunSettings) -> ControllerState:
     """Returns the state before the first round.
 
-    Options: `progress` (a round's progress in nominal rounds) and `exploration` (scale of the Thompson
-    draws).
+    Options: `progress` (a round's progress in nominal rounds), `exploration` (scale of the Thompson draws) and
+    `step_law` (parts of the `StepLaw` believed until devices report).
 
     Raises:
-        ValueError: An unknown option.
+        ValueError: An unknown option, or no such law.
     """
     check_options(settings, tuple(DEFAULT_OPTIONS))
+    options = {**DEFAULT_OPTIONS, **settings.controller_options}
     return {
-        "options": {**DEFAULT_OPTIONS, **settings.controller_options},
-        "timing": timing.init(),
+        "options": {**options, "step_law": list(options["step_law"])},
+        "timing": timing.init(options["step_law"]),
         "utility": utility.init(settings.ranks, settings.max_pruning_ratio, settings.steps_per_round),
         "deadline_seconds": None,
     }

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from fedspine_server.reward import Outcome
+from fedspine_server.step_law import StepLaw
 
 TimingState = dict[str, Any]
-PRIOR_WORK = (0.2, 0.7, 0.1)  # constant part, part that pruning removes, LoRA at rank 16; relative to an unpruned step
+PRIOR_WORK = (0.2, 0.7, 0.1)  # parts of a StepLaw, until one is measured
 PRIOR_DEVIATION = 0.1
 NOISE_DEVIATION = 0.2
 DISCOUNT = 0.95  # a round; the first observations were made against factors a_i that were not settled yet
@@ -27,15 +28,26 @@ GAIN, SURPRISED_GAIN, SURPRISE = 0.3, 0.9, 0.3
 CAUTIOUS_QUANTILE = 0.75  # a device not seen before is taken to be slower than most
 
 
-def init() -> TimingState:
-    """Returns the state before any observation."""
-    return {"evidence": np.zeros((3, 3)).tolist(), "moment": [0.0, 0.0, 0.0], "devices": {}}
+def init(prior: Sequence[float] = PRIOR_WORK) -> TimingState:
+    """Returns the state before any observation.
+
+    Args:
+        prior: Parts of the `StepLaw` that is believed until devices report, in any unit.
+
+    Raises:
+        ValueError: They are not three numbers, or one is negative.
+    """
+    if len(prior) != 3:
+        raise ValueError(f"expected the three parts of a step-time law, found {list(prior)}")
+    law = StepLaw(*prior).relative()
+    parts = [law.constant, law.kept, law.lora]
+    return {"prior": parts, "evidence": np.zeros((3, 3)).tolist(), "moment": [0.0, 0.0, 0.0], "devices": {}}
 
 
 def work(state: TimingState, ratios: np.ndarray, ranks: np.ndarray) -> np.ndarray:
     """Returns the relative time of a step of each arm, float64 [K]."""
     prior = np.eye(3) / PRIOR_DEVIATION**2
-    coefficients = np.linalg.solve(prior + state["evidence"], prior @ PRIOR_WORK + state["moment"])
+    coefficients = np.linalg.solve(prior + state["evidence"], prior @ state["prior"] + state["moment"])
     return np.asarray(_features(ratios, ranks) @ np.maximum(coefficients, (0.05, 0.0, 0.0)))
 
 
@@ -70,7 +82,7 @@ def observe(state: TimingState, outcomes: Sequence[Outcome]) -> TimingState:
         evidence += np.outer(features, features) / NOISE_DEVIATION**2
         moment += features * observed * float(work(state, ratios, ranks)[0]) / NOISE_DEVIATION**2
         devices[outcome.device_id] = [_follow(last[0], per_work), _follow(last[1], per_byte)]
-    return {"evidence": evidence.tolist(), "moment": moment.tolist(), "devices": devices}
+    return {**state, "evidence": evidence.tolist(), "moment": moment.tolist(), "devices": devices}
 
 
 def _features(ratios: np.ndarray, ranks: np.ndarray) -> np.ndarray:
