@@ -217,9 +217,13 @@ L1 = "model.layers.1"
         (drop(f"{L1}.self_attn.q_proj.weight"), r"expected tensor .*layers\.1.*q_proj\.weight, found none"),
         (put("model.extra.weight", 2), r"expected no tensor model\.extra\.weight, found one of shape \[2\]"),
         (put(f"{L1}.self_attn.v_proj.weight", 96, 64), r"expected shape \[64, 64\] .*v_proj.*, found \[96, 64\]"),
-        (put(f"{L1}.mlp.up_proj.weight", 48, 64), r"FFN channels in multiples of 32, found 48 in layer 1"),
-        (put(f"{L1}.mlp.up_proj.weight", 0, 64), r"FFN channels in multiples of 32, found 0 in layer 1"),
+        (put(f"{L1}.mlp.up_proj.weight", 48, 64), r"expected shape \[64, 48\] .*down_proj.*, found \[64, 96\]"),
+        (put(f"{L1}.mlp.up_proj.weight", 0, 64), r"expected FFN channels in each layer, found none in layer 1"),
         (put(f"{L1}.self_attn.k_proj.weight", 0, 64), r"at least one head in each layer, found none in layer 1"),
+        (
+            put("model.layers.0.self_attn.q_proj.weight", 0, 64),
+            r"at least one head in each layer, found none in layer 0",
+        ),
         (put(f"{L1}.self_attn.q_proj.weight", 96, 64), r"expected 2 query heads per KV head, found 3 for 2 in layer 1"),
         (poison, r"expected finite weights, found NaN or infinity in .*layers\.1\.mlp\.up_proj"),
         (enlarge, r"expected weights within float16, found larger ones in .*layers\.1\.mlp\.up_proj"),
@@ -282,6 +286,19 @@ def test_every_quantised_format_says_its_type_and_runs(tmp_path: Path, quantizat
     file = export(save_decoder(tmp_path / "model", "mistral", PER_LAYER, biased=True), quantization)
     assert facts_of(file.path)["general.file_type"] == FILE_TYPES[quantization]
     assert np.isfinite(llama_logits(file.path, TOKENS)).all()
+
+
+@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
+def test_widths_that_are_no_multiple_of_32_are_rounded_up_with_a_note(tmp_path: Path, quantization: str) -> None:
+    folder = save_decoder(tmp_path / "model", "llama", ((2, 40), (1, 96), (2, 71)), biased=True)
+    file = export(folder, quantization)
+    assert "2 layers rounded up to multiples of 32 with zeros" in file.note
+    assert "40 -> 64 in layer 0" in file.note
+    assert facts_of(file.path)["deci.feed_forward_length"] == [64, 96, 96]
+    types = {t.name: t.tensor_type.name for t in GGUFReader(file.path).tensors}
+    assert types["blk.0.ffn_down.weight"] == types["blk.1.ffn_down.weight"] == quantization
+    check_parity(parity_of(folder, file), quantization)
+    assert export(save_decoder(tmp_path / "even", "llama", PER_LAYER), quantization, overwrite=True).note == ""
 
 
 def test_biases_of_zero_are_left_out(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def sizes(draw: st.DrawFn, family: str) -> dict[str, Any]:
     found = {
         "num_key_value_heads": num_kv_heads,
         "num_attention_heads": num_heads,
-        "intermediate_size": 32 * draw(st.integers(1, 5)),
+        "intermediate_size": draw(st.integers(20, 160)),
         "num_hidden_layers": draw(st.integers(1, 4)),
         "tie_word_embeddings": draw(st.booleans()),
         "hidden_size": num_heads * head_dim,

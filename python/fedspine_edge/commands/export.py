@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Exported:
     size_bytes: int
     verdict: Verdict | None
     loads_in: str
+    note: str = ""
 
     def record(self) -> dict[str, Any]:
         """Returns what `--json` prints."""
@@ -49,12 +50,14 @@ class Exported:
             "perplexity": parity.perplexity if parity else None,
             "num_positions": parity.num_positions if parity else DEFAULT_POSITIONS,
             "loads_in": self.loads_in,
+            "note": self.note or None,
         }
 
     def lines(self) -> str:
         """Returns what a person reads."""
         checked = self.verdict.line() if self.verdict else "transformers says exactly what our model says"
-        return f"{self.path}  {self.size_bytes / 2**20:.1f} MiB\n  checked    {checked}\n  loads in   {self.loads_in}"
+        head = f"{self.path}  {self.size_bytes / 2**20:.1f} MiB" + (f"\n  note       {self.note}" if self.note else "")
+        return f"{head}\n  checked    {checked}\n  loads in   {self.loads_in}"
 
 
 def export_gguf(
@@ -94,9 +97,10 @@ def export_gguf(
     exported = []
     for quantization, name in zip(quantizations, names, strict=True):
         announce(f"writing and checking {name.name}")
+        notes: list[str] = []
 
-        def write(path: Path, quantization: str = quantization) -> Target:
-            write_gguf(
+        def write(path: Path, quantization: str = quantization, notes: list[str] = notes) -> Target:
+            file = write_gguf(
                 target.path,
                 path,
                 quantization=quantization,
@@ -104,9 +108,11 @@ def export_gguf(
                 tokenizer_gguf=tokenizer,
                 overwrite=True,
             )
+            notes.append(file.note)
             return Target(path, "gguf", target.run_dir)
 
-        exported.append(_checked(name, write, lambda candidate: judge(reference, candidate, text)))
+        checked = _checked(name, write, lambda candidate: judge(reference, candidate, text))
+        exported.append(replace(checked, note=notes[0]))
     return exported
 
 

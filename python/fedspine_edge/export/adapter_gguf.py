@@ -17,7 +17,7 @@ from gguf import GGUFWriter
 from fedspine_edge.errors import IncompatibleError
 from fedspine_edge.export.adapter_check import BASE_KEY, WEIGHTS_KEY, check_gguf_adapter, read_facts
 from fedspine_edge.export.adapter_factors import check_factors
-from fedspine_edge.export.gguf import gguf_name, permute_rows, refuse_existing, replacing
+from fedspine_edge.export.gguf import channel_axis, fill_channels, gguf_name, permute_rows, refuse_existing, replacing
 from fedspine_edge.export.gguf_metadata import weights_sha256
 from fedspine_edge.export.model_directory import ModelDirectory, read_model_directory
 from fedspine_edge.shrink import Factors
@@ -91,8 +91,14 @@ def _tensors(
         if name.endswith((".q_proj", ".k_proj")):
             layer = model.layers[int(name.split(".")[2])]
             scaled = permute_rows(scaled, layer.num_heads if name.endswith(".q_proj") else layer.num_key_value_heads)
+        plain = lora_a.detach().float().numpy()
+        axis = channel_axis(f"{name}.weight")
+        if axis == 0:
+            scaled = fill_channels(model, name, scaled, axis=0)
+        elif axis == 1:
+            plain = fill_channels(model, name, plain, axis=1)
         matrix = gguf_name(f"{name}.weight")
-        for letter, factor in (("a", lora_a.detach().float().numpy()), ("b", scaled)):
+        for letter, factor in (("a", plain), ("b", scaled)):
             if number_type == "F16" and np.abs(factor).max() > np.finfo(np.float16).max:
                 raise IncompatibleError(
                     f"expected factors within float16, found larger ones for {name}", hint="write the adapter as F32"

@@ -21,6 +21,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError, UsageError
+from fedspine_edge.export.decoder_shapes import CHANNEL_BLOCK
 from fedspine_edge.export.gguf_metadata import describe
 from fedspine_edge.export.gguf_tokenizer import read_tokenizer
 from fedspine_edge.export.llama_session import quantize_file
@@ -71,12 +72,14 @@ class GgufFile:
         format: `llama` or `deci`.
         quantization: A key of `FILE_TYPES`.
         size_bytes: Its size.
+        note: What was changed in shape, not in meaning; empty for nothing.
     """
 
     path: Path
     format: str
     quantization: str
     size_bytes: int
+    note: str = ""
 
 
 def write_gguf(
@@ -122,7 +125,19 @@ def write_gguf(
                 writer = describe(model, chosen, rope, file_type=FILE_TYPES["F16"], name=name, tokenizer=tokenizer)
                 _write(writer, model, rope, path=half, matrices="F16")
                 quantize_file(half, partial, file_type=int(FILE_TYPES[quantization]))
-    return GgufFile(path=output, format=chosen, quantization=quantization, size_bytes=output.stat().st_size)
+    size, note = output.stat().st_size, _rounding_note(model)
+    return GgufFile(path=output, format=chosen, quantization=quantization, size_bytes=size, note=note)
+
+
+def _rounding_note(model: ModelDirectory) -> str:
+    rounded = [(i, layer) for i, layer in enumerate(model.layers) if layer.stored_channels != layer.intermediate_size]
+    if not rounded:
+        return ""
+    index, layer = rounded[0]
+    return (
+        f"FFN channels of {len(rounded)} layers rounded up to multiples of {CHANNEL_BLOCK} with zeros, for quantised"
+        f" rows: {layer.intermediate_size} -> {layer.stored_channels} in layer {index}"
+    )
 
 
 def _choose_architecture(model: ModelDirectory, architecture: str) -> str:
@@ -170,7 +185,7 @@ def _write(writer: GGUFWriter, model: ModelDirectory, rope: Rope, *, path: Path,
         factors = llama3_factors(rope, model.head_dim)
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for name in names:
-        shape = model.shapes[name]
+        shape = _stored_shape(model, name)
         stored_type = matrix_type if len(shape) > 1 else GGMLQuantizationType.F32
         num_bytes = int(np.prod(quant_shape_to_byte_shape(shape, stored_type)))
         writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), num_bytes, raw_dtype=stored_type)
@@ -184,6 +199,27 @@ def _write(writer: GGUFWriter, model: ModelDirectory, rope: Rope, *, path: Path,
             writer.write_tensor_data(_converted(model, name, matrix_type))
     finally:
         writer.close()
+
+
+def _stored_shape(model: ModelDirectory, name: str) -> tuple[int, ...]:
+    shape = list(model.shapes[name])
+    axis = channel_axis(name)
+    if axis is not None:
+        shape[axis] = model.layers[int(name.split(".")[2])].stored_channels
+    return tuple(shape)
+
+
+def channel_axis(name: str) -> int | None:
+    """Returns the axis of a tensor along which FFN channels lie; None where none does."""
+    if ".mlp.gate_proj." in name or ".mlp.up_proj." in name:
+        return 0
+    return 1 if name.endswith(".mlp.down_proj.weight") else None
+
+
+def fill_channels(model: ModelDirectory, name: str, tensor: np.ndarray, *, axis: int) -> np.ndarray:
+    """Returns a tensor of a layer with channels of zeros up to what a file holds."""
+    missing = model.layers[int(name.split(".")[2])].stored_channels - tensor.shape[axis]
+    return np.pad(tensor, [(0, missing if index == axis else 0) for index in range(tensor.ndim)])
 
 
 def _is_zero_bias(model: ModelDirectory, name: str) -> bool:
@@ -205,6 +241,9 @@ def _converted(model: ModelDirectory, name: str, matrix_type: GGMLQuantizationTy
     if ".self_attn.q_proj." in name or ".self_attn.k_proj." in name:
         layer = model.layers[int(name.split(".")[2])]
         tensor = permute_rows(tensor, layer.num_heads if ".q_proj." in name else layer.num_key_value_heads)
+    axis = channel_axis(name)
+    if axis is not None:
+        tensor = fill_channels(model, name, tensor, axis=axis)
     if tensor.ndim > 1:
         if matrix_type == GGMLQuantizationType.F16 and np.abs(tensor).max() > np.finfo(np.float16).max:
             raise IncompatibleError(

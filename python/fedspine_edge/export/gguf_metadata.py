@@ -54,11 +54,11 @@ def describe(
     if architecture == "deci":
         writer.add_head_count([layer.num_heads for layer in layers])
         writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
-        writer.add_feed_forward_length([layer.intermediate_size for layer in layers])
+        writer.add_feed_forward_length([layer.stored_channels for layer in layers])
     else:
         writer.add_head_count(layers[0].num_heads)
         writer.add_head_count_kv(layers[0].num_key_value_heads)
-        writer.add_feed_forward_length(layers[0].intermediate_size)
+        writer.add_feed_forward_length(layers[0].stored_channels)
     # Explicit, for llama.cpp would otherwise divide the hidden size by the pruned head count.
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)

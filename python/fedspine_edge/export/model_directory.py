@@ -18,10 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
-from fedspine_edge.export.decoder_shapes import LayerWidths, check_shapes, head_dim, total_kv_heads
-
-CHANNEL_BLOCK = 32
-"""FFN widths are multiples of this: other rows fall back to F16 in quantised files and run 1.4-1.9 times slower."""
+from fedspine_edge.export.decoder_shapes import CHANNEL_BLOCK, LayerWidths, check_shapes, head_dim, total_kv_heads
 
 FAMILIES = ("llama", "mistral", "qwen2")
 ENCODERS = ("bert", "roberta", "distilbert", "mpnet")
@@ -190,10 +187,10 @@ def _layer_widths(index: int, config: Mapping[str, Any], shapes: Mapping[str, tu
             hint="prune whole KV groups",
         )
     channels = rows["mlp.up_proj"]
-    if channels < CHANNEL_BLOCK or channels % CHANNEL_BLOCK:
+    if channels == 0:
         raise IncompatibleError(
-            f"expected FFN channels in multiples of {CHANNEL_BLOCK}, found {channels} in layer {index}",
-            hint=f"prune FFN channels in blocks of {CHANNEL_BLOCK}",
+            f"expected FFN channels in each layer, found none in layer {index}",
+            hint=f"keep {CHANNEL_BLOCK} of them: without any, llama.cpp drops the layer's attention too",
         )
     return LayerWidths(num_heads=num_heads, num_key_value_heads=num_kv_heads, intermediate_size=channels)
 
