@@ -178,6 +178,19 @@ def test_an_int8_classifier_has_no_float_matrix_and_stays_within_its_tolerance(m
     check_onnx_parity(parity, "int8")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.usefixtures("traced_once")
+def test_onnxruntime_makes_no_slow_skip_layer_normalization(precision: str, export: Export, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # it warns that such a file is for this machine
+    path = str(export("bert", precision).path)
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    operations = {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+    assert "LayerNormalization" in operations
+    assert "SkipLayerNormalization" not in operations
+
+
 def matrices(path: Path) -> list[np.ndarray]:
     """Every weight of a file with two axes or more and a hundred entries or more."""
     tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]

@@ -204,6 +204,18 @@ def _tidy(model: Any, signature: _Signature) -> None:
         value.metadata_props.clear()
     graph.metadata_props.clear()
     graph.name, graph.doc_string = "model", None
+    _keep_sums_apart(graph)
+
+
+def _keep_sums_apart(graph: Any) -> None:
+    """Makes `Sum` of an `Add` that a LayerNormalization reads: the same, but onnxruntime does not fuse the two.
+
+    Its fused SkipLayerNormalization is a scalar loop on CPUs: six of them took 0.74 of MiniLM's 2.65 ms at int8.
+    """
+    for node in graph:
+        producer = node.inputs[0].producer() if node.op_type == "LayerNormalization" else None
+        if producer is not None and producer.op_type == "Add":
+            producer.op_type = "Sum"
 
 
 @contextmanager
