@@ -86,12 +86,14 @@ class LlamaSession:
         context: llama.cpp's context handle.
         num_vocab: Entries of the vocabulary.
         max_batch: Tokens one `decode` takes.
+        batch: llama.cpp's batch of that many tokens, filled anew by each `decode`.
     """
 
     model: Any
     context: Any
     num_vocab: int
     max_batch: int
+    batch: Any
 
     def clear(self) -> None:
         """Forgets every sequence."""
@@ -121,26 +123,29 @@ class LlamaSession:
             raise ValueError(f"expected 1 to {self.max_batch} tokens, found {len(tokens)}")
         if min(tokens) < 0 or max(tokens) >= self.num_vocab:
             raise ValueError(f"expected tokens below {self.num_vocab}, found {min(tokens)} to {max(tokens)}")
-        library = _library()
-        batch = library.llama_batch_init(len(tokens), 0, 1)
-        try:
-            batch.n_tokens = len(tokens)
-            for index, token in enumerate(tokens):
-                batch.token[index] = token
-                batch.pos[index] = positions[index]
-                batch.n_seq_id[index] = 1
-                batch.seq_id[index][0] = sequences[index]
-                batch.logits[index] = wanted[index]
-            code = library.llama_decode(self.context, batch)
-        finally:
-            library.llama_batch_free(batch)
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index] = token
+            batch.pos[index] = positions[index]
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = sequences[index]
+            batch.logits[index] = wanted[index]
+        code = _library().llama_decode(self.context, batch)
         if code != 0:
             raise IncompatibleError(f"expected logits, llama.cpp's decode returned {code}: {_what_went_wrong()}")
 
     def logits(self, index: int) -> np.ndarray:
         """Returns a copy of the logits of the batch's token `index` (it was wanted), float32 [V]."""
+        return self._logits(index).copy()
+
+    def best(self, index: int) -> int:
+        """Returns the most likely token after the batch's token `index` (it was wanted), without a copy."""
+        return int(self._logits(index).argmax())
+
+    def _logits(self, index: int) -> np.ndarray:
         pointer = _library().llama_get_logits_ith(self.context, index)
-        return np.ctypeslib.as_array(pointer, shape=(self.num_vocab,)).copy()
+        return np.ctypeslib.as_array(pointer, shape=(self.num_vocab,))
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of a text, special tokens parsed, none added."""
@@ -198,7 +203,7 @@ def open_session(
     model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
     if not model:
         raise IncompatibleError(f"expected a file llama.cpp loads, found {path.name}: {_what_went_wrong()}")
-    context = None
+    context, batch = None, library.llama_batch_init(num_context, 0, 1)
     try:
         params = library.llama_context_default_params()
         params.n_ctx = params.n_batch = num_context
@@ -214,8 +219,9 @@ def open_session(
         if adapter is not None:
             _add_adapter(model, context, adapter)
         vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
-        yield LlamaSession(model=model, context=context, num_vocab=vocabulary, max_batch=num_context)
+        yield LlamaSession(model, context, num_vocab=vocabulary, max_batch=num_context, batch=batch)
     finally:
+        library.llama_batch_free(batch)
         if context:
             library.llama_free(context)
         library.llama_model_free(model)

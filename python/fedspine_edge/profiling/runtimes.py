@@ -96,7 +96,7 @@ class LlamaRuntime:
         """Feeds the next tokens in steps of the batch and returns the most likely one after them."""
         for start in range(0, len(tokens), self._num_batch):
             last = self._step(tokens[start : start + self._num_batch], every=False)
-        return int(self._session.logits(last).argmax())
+        return self._session.best(last)
 
     def losses(self, tokens: Sequence[int]) -> list[float]:
         """Returns the loss of each token but the first."""
