@@ -24,10 +24,12 @@ import numpy as np
 import pytest
 from boards import plant
 from export_models import DENSE, PER_LAYER, load_decoder, save_decoder
+from tiny import questions
 from typer.testing import CliRunner
 
 from fedspine_edge.cli_profile import commands
 from fedspine_edge.commands.compare import PASSAGE
+from fedspine_edge.commands.evaluate import evaluate
 from fedspine_edge.commands.profile import Wanted
 from fedspine_edge.commands.sweep import sweep
 from fedspine_edge.errors import CheckpointError, IncompatibleError, InterruptedRunError, UsageError, VerificationError
@@ -517,6 +519,40 @@ def test_a_comparison_has_ratios_perplexities_and_a_picture(models: dict[str, Pa
     assert document["text_tokens"][0] == document["text_tokens"][1] > 16
 
 
+@pytest.mark.slow
+def test_encoders_are_compared_by_what_they_get_right(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    rows, picture = tmp_path / "rows.jsonl", tmp_path / "front.svg"
+    rows.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in questions()))
+    one, other = tiny_models["bert"], tiny_models["roberta"]
+    done = run("compare", one, other, *SMALL, "--data", rows, "--plot", picture, "--json")
+    assert done.exception is None
+    metric = next(m for m in json.loads(done.output)["metrics"] if m["name"] == "accuracy")
+    assert metric["values"] == [
+        pytest.approx(evaluate(str(path), str(rows), prompt=None).accuracy) for path in (one, other)
+    ]
+    assert "wrong answers" in picture.read_text()
+
+
+def test_a_truncated_file_is_one_clear_error(models: dict[str, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(models["dense"].read_bytes()[:2000])
+    done = run("profile", broken, *SMALL)
+    assert isinstance(done.exception, IncompatibleError)
+    assert str(done.exception).startswith("expected a file llama.cpp loads, found broken.gguf")
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_every_mapping_as_seen_from_outside(models: dict[str, Path]) -> None:
+    (row,) = measured([models["dense"]], Options((Trial(12, 0),), 2, 1, 8))
+    with contextlib.ExitStack() as stack:
+        child = opened(stack, models["dense"])
+        child.run(12, 0)
+        lines = Path(f"/proc/{child.pid}/smaps").read_text().splitlines()
+        outside = 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+        assert process_memory(child.pid).pss_bytes == pytest.approx(outside, rel=0.02)
+    assert row.memory.peak.pss_bytes == pytest.approx(outside, rel=0.1)  # another process, with other neighbours
+
+
 def test_the_built_in_text_is_there() -> None:
     assert len(PASSAGE.read_text().split()) > 300
 
@@ -699,3 +735,15 @@ def test_a_picture_is_well_formed_whatever_the_names_and_values() -> None:
     assert float(large.attrib["r"]) == pytest.approx(2 * float(small.attrib["r"]))
     assert float(large.attrib["cx"]) > float(small.attrib["cx"])
     assert float(large.attrib["cy"]) > float(small.attrib["cy"])
+
+
+def test_accuracies_have_a_ratio_with_an_interval() -> None:
+    a, b, c = Subject((), (), (50, 100)), Subject((), (), (60, 100)), Subject((), (), (0, 100))
+    metric = comparison._accuracy([a, b, c])
+    assert metric.values == (0.5, 0.6, 0.0)
+    ratio = metric.ratios[1]
+    assert ratio is not None
+    # ln 1.2 +- 1.96 sqrt(1/50 - 1/100 + 1/60 - 1/100)
+    assert ratio == pytest.approx((1.2, 1.2 * math.exp(-0.253035), 1.2 * math.exp(0.253035)), rel=1e-4)
+    assert metric.ratios[2] is None
+    assert comparison._accuracy([Subject((), ())]).values == (None,)

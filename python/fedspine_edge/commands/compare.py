@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedspine_edge.atomic import write_bytes
+from fedspine_edge.commands.evaluate import evaluate
 from fedspine_edge.commands.profile import Wanted, check_paths, conditions_line, energy_note, progress
 from fedspine_edge.errors import DataError, UsageError
 from fedspine_edge.hardware import this_machine
@@ -29,6 +30,19 @@ from fedspine_edge.profiling.watch import BoardWatch
 PASSAGE = Path(__file__).resolve().parents[1] / "profiling" / "passage.txt"
 FORMATS = ("md", "json")
 MAX_TEXT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Examples to judge models by.
+
+    Attributes:
+        source: A packaged data set or the user's file.
+        prompt: A decoder's template; the one it was tuned with when None.
+    """
+
+    source: str
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,7 @@ def compare(
     wanted: Wanted,
     *,
     text: Path | None,
+    data: Labelled | None,
     plot: Path | None,
     output: str,
     quiet: bool,
@@ -62,7 +77,8 @@ def compare(
         paths: Two models or more; all are held in memory at once.
         wanted: What to run; one number of threads and one size of batch.
         text: UTF-8 text whose perplexity is measured; a short passage of our own when None.
-        plot: SVG file to write: perplexity against latency.
+        data: Labelled examples whose accuracy is measured; none when None.
+        plot: SVG file to write: wrong answers, or without examples the perplexity, against latency.
         output: `md` or `json`.
         quiet: Whether progress is kept to itself.
         show: Called once with the text.
@@ -77,6 +93,8 @@ def compare(
     check_paths(paths)
     with progress(quiet) as tell:
         subjects = _measured(paths, options, words, meter, tell)
+        if data is not None:
+            subjects = [_judged(subject, data, tell) for subject in subjects]
     done = Compared(subjects, comparison.compare(subjects, options.tests), options)
     show(_as_json(done, meter) if output == "json" else _as_text(done, meter, own_text=text is not None))
     if plot is not None:
@@ -89,20 +107,36 @@ def picture(done: Compared) -> str:
     Raises:
         UsageError: No model has both a latency and a perplexity.
     """
-    trial = next((t for t in done.options.tests if t.num_generate), done.options.tests[0])
+    able = [t for t in done.options.tests if any(subject.row(t) is not None for subject in done.subjects)]
+    trial = next((t for t in able if t.num_generate), able[0])
+    judged = all(subject.right is not None for subject in done.subjects)
     points = [
-        Point(subject.rows[0].path.name, 1e3 * latency, quality, comparison.model_memory_bytes(subject))
+        Point(subject.rows[0].path.name, 1e3 * latency, loss, comparison.model_memory_bytes(subject))
         for subject in done.subjects
         if (latency := _latency(subject.row(trial))) is not None
-        and (quality := comparison.perplexity(subject)) is not None
+        and (loss := _wrong_percent(subject) if judged else comparison.perplexity(subject)) is not None
     ]
     if not points:
         raise UsageError(
-            "expected a perplexity to plot, found models without one",
-            hint="leave --plot out, or compare decoders that have their tokenizer",
+            "expected an accuracy or a perplexity to plot, found models without one",
+            hint="give labelled examples with --data, or compare decoders that have their tokenizer",
         )
     name = "time between tokens" if trial.num_generate else "time to the first token"
-    return pareto_svg(points, latency_name=f"{name}, median, ms ({trial.name})", loss_name="perplexity")
+    loss_name = "wrong answers, %" if judged else "perplexity"
+    return pareto_svg(points, latency_name=f"{name}, median, ms ({trial.name})", loss_name=loss_name)
+
+
+def _wrong_percent(subject: Subject) -> float | None:
+    share = comparison.accuracy(subject)
+    return None if share is None else 100 * (1 - share)
+
+
+def _judged(subject: Subject, data: Labelled, tell: Callable[[str], None]) -> Subject:
+    """A model with what it gets right, counted in its own runtime."""
+    path = subject.rows[0].path
+    tell(f"{path.name}: accuracy")
+    score = evaluate(str(path), data.source, prompt=data.prompt)
+    return replace(subject, right=(round(score.accuracy * score.rows), score.rows))
 
 
 def _checked(paths: Sequence[Path], wanted: Wanted, output: str) -> Options:

@@ -18,6 +18,7 @@ from fedspine_edge.profiling.figures import MEBIBYTE, model_bytes_on_disk
 from fedspine_edge.profiling.intervals import Estimate, mean_interval, percentile, ratio_interval
 from fedspine_edge.progress import printable
 
+_NORMAL_95 = 1.96
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SPEED, TIME, QUALITY, SIZE, ENERGY = (
     ("faster", "slower"),
@@ -35,10 +36,12 @@ class Subject:
     Attributes:
         rows: Its rows.
         losses: Its loss of each token of the text, nats; empty where it has none.
+        right: How many labelled examples it got right, and of how many; None without examples.
     """
 
     rows: tuple[Row, ...]
     losses: tuple[float, ...]
+    right: tuple[int, int] | None = None
 
     def row(self, trial: Trial) -> Row | None:
         """Returns its row of a test; None for a test it does not do."""
@@ -71,13 +74,19 @@ class Metric:
 def compare(subjects: Sequence[Subject], trials: Sequence[Trial]) -> list[Metric]:
     """Returns the metrics of at least one model, those that nobody has left out."""
     found = [metric for trial in trials for metric in _of_trial(subjects, trial)]
-    found += [_perplexity(subjects), _plain(subjects, "file, MiB", _disk), _plain(subjects, "memory, MiB", _memory)]
+    found += [_accuracy(subjects), _perplexity(subjects)]
+    found += [_plain(subjects, "file, MiB", _disk), _plain(subjects, "memory, MiB", _memory)]
     return [metric for metric in found if any(value is not None for value in metric.values)]
 
 
 def perplexity(subject: Subject) -> float | None:
     """Returns the perplexity of the text; None where there are no losses."""
     return math.exp(statistics.fmean(subject.losses)) if subject.losses else None
+
+
+def accuracy(subject: Subject) -> float | None:
+    """Returns the share of the examples it got right, 0..1; None without examples."""
+    return None if subject.right is None else subject.right[0] / subject.right[1]
 
 
 def model_memory_bytes(subject: Subject) -> int | None:
@@ -178,6 +187,21 @@ def _plain(subjects: Sequence[Subject], name: str, value_of: Callable[[Subject],
     first = values[0]
     ratios = tuple(Estimate(value / first, None, None) if value and first else None for value in values)
     return Metric(name, SIZE, False, values, ratios, digits=1)
+
+
+def _accuracy(subjects: Sequence[Subject]) -> Metric:
+    values = tuple(accuracy(subject) for subject in subjects)
+    ratios = tuple(_share_ratio(subject.right, subjects[0].right) for subject in subjects)
+    return Metric("accuracy", QUALITY, True, values, ratios, digits=3)
+
+
+def _share_ratio(own: tuple[int, int] | None, first: tuple[int, int] | None) -> Estimate | None:
+    """Returns the ratio of two shares, its interval as if the examples were not the same: never too narrow."""
+    if own is None or first is None or min(own[0], first[0]) == 0:
+        return None
+    ratio = own[0] / own[1] / (first[0] / first[1])
+    half = _NORMAL_95 * math.sqrt(sum(1 / right - 1 / total for right, total in (own, first)))
+    return Estimate(ratio, ratio * math.exp(-half), ratio * math.exp(half))
 
 
 def _perplexity(subjects: Sequence[Subject]) -> Metric:

@@ -29,7 +29,7 @@ class Point:
     Attributes:
         name: What to call it.
         latency_ms: Smaller is better.
-        loss: Perplexity; smaller is better.
+        loss: Perplexity or share of wrong answers; smaller is better.
         memory_bytes: Area of the bubble; None draws the smallest.
     """
 
