@@ -3,6 +3,7 @@
 #   make demo                     the main job: federate, prune, tune, export, run in llama.cpp
 #   make test                     every test, C++ ones under the sanitizers included
 #   make test-export              SmolLM2-135M pruned four ways in every runtime, and what is refused: minutes
+#   make test-profile             profiles and tuning steps of real and tiny models, sensors of six boards: minutes
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -24,7 +25,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export lint bench clean
+.PHONY: demo test test-export test-profile lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -36,7 +37,13 @@ test: $(VENV)/.installed $(VENV)/.dev
 
 test-export: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest -rP -m matrix tests/edge/test_export_real.py
-	$(RUN) $(BIN)/python -m pytest tests/edge/test_model_commands.py tests/edge/test_export_gguf.py
+	$(RUN) $(BIN)/python -m pytest tests/edge/test_model_commands.py tests/edge/test_export_gguf.py \
+	  tests/edge/test_export_matrix.py tests/edge/test_export_adapter.py tests/edge/test_other_llama_cpp.py
+
+test-profile: $(VENV)/.installed $(VENV)/.dev
+	$(RUN) $(BIN)/python -m pytest -rP -m matrix tests/edge/test_profile_real.py
+	$(RUN) $(BIN)/python -m pytest tests/edge/test_profile.py tests/edge/test_profile_train.py tests/edge/test_sensors.py \
+	  tests/edge/test_latency.py tests/edge/test_doctor.py tests/server/test_step_law.py
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -111,7 +111,9 @@ def test_four_arms_give_a_law_that_nothing_checks_and_one_gives_none() -> None:
 
 
 def test_the_table_shows_the_law_beside_what_was_measured() -> None:
-    rows = [row(*arm, joules=48.0, off=1.25 if arm == (0.25, 4) else 1.0) for arm in ARMS[:-1]] + [row(*ARMS[-1], calm=False)]
+    rows = [row(*arm, joules=48.0, off=1.25 if arm == (0.25, 4) else 1.0) for arm in ARMS[:-1]] + [
+        row(*ARMS[-1], calm=False)
+    ]
     text = as_text("m", rows, fitted_law(rows), None)
     assert "0.200 + 0.700 (1 - p) + 0.100 r / 16 of the 0.1000 s" in text
     assert "0.0750 (-20.0%, held out)" in text
