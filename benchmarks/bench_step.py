@@ -1,11 +1,15 @@
-"""Times a whole training step, tokens in and LoRA updated: ours, ours at 50 % sparsity, and peft on torch.
+"""Times a whole training step, tokens in and LoRA updated: ours, ours pruned, and peft on torch.
 
-    python benchmarks/bench_step.py [--model smollm2-135m minilm-l6] [--threads 1 2] [--turns 9] [--json FILE]
+    python benchmarks/bench_step.py [--case NAME...] [--threads 1 2] [--turns 9] [--json FILE] [--plot FILE]
 
-All three train on the same batches of TREC-6, with LoRA on the same matrices, no dropout and the same AdamW, in one
-process and in turns; each turn gives one ratio, so drift of the machine cancels. Before anything is timed, ours and
-peft, given the same factors, are asserted to agree on the loss and on what a step does to it. What the forward leaves
-allocated for the backward is read from the allocator; peak resident memory is of a process of its own for each.
+Cases: `trec` trains on TREC-6 as it is (8 rows of some 20 tokens; of a decoder, the answer is learnt); `full` on rows
+of 128 random tokens, 8 for SmolLM2, which learns each of them, and 16 for MiniLM.
+
+All train on the same batches, with LoRA on the same matrices, no dropout and the same AdamW, in one process and in
+turns; each turn gives one ratio, so drift of the machine cancels. Before anything is timed, ours and peft, given the
+same factors, are asserted to agree on the loss and on what a step does to it. What the forward leaves allocated for the
+backward is read from the allocator; peak resident memory is of a process of its own for each. `importance_share` is
+what measuring the importance adds to a step, as often as a round does it.
 """
 
 from __future__ import annotations
@@ -22,9 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("peft", "ours", "half")
-PACKAGED = ("smollm2-135m", "minilm-l6")
-RANK, SCALING, BATCH, NUM_BATCHES = 16, 2.0, 8, 4
+SPARSITY = {"quarter": 0.25, "half": 0.5, "most": 0.75}
+VARIANTS = ("peft", "ours", *SPARSITY)
+CASES = {
+    "smollm2-135m trec": ("smollm2-135m", 8, None),
+    "smollm2-135m full": ("smollm2-135m", 8, 128),
+    "minilm-l6 trec": ("minilm-l6", 8, None),
+    "minilm-l6 full": ("minilm-l6", 16, 128),
+}
+RANK, SCALING, NUM_BATCHES = 16, 2.0, 4
 MEMORY_STEPS = 3
 PROMPT = "Question: {text}\nType:"
 Quartiles = dict[str, float]
@@ -37,16 +47,24 @@ class Trainee:
     Attributes:
         model: The transformers model.
         optimizer: Over what is trained of it.
+        shrunk: Ours, with what it keeps.
     """
 
     model: Any
     optimizer: Any
+    shrunk: Any = None
 
     def loss(self, batch: Any) -> Any:
-        """Returns the mean loss of a batch, as a local round computes it."""
+        """Returns the mean loss of a batch: ours as a local round computes it, peft's from all its logits."""
+        from torch.nn import functional
+
         from fedspine_edge.tuning import loss_of
 
-        return loss_of(self.model, batch)
+        if self.shrunk is not None or not len(batch.answer_ids):
+            return loss_of(self.model, batch)
+        hidden = self.model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden[batch.answer_rows, batch.answer_columns])
+        return functional.cross_entropy(logits, batch.answer_ids)
 
     def step(self, batch: Any) -> float:
         """Returns the loss before the step."""
@@ -57,7 +75,24 @@ class Trainee:
         return float(loss.detach())
 
 
-def build(model: str) -> tuple[list[Any], Callable[[str], Trainee]]:
+def full_batches(num_rows: int, width: int, *, vocabulary: int, decoder: bool) -> list[Any]:
+    """Returns batches of random tokens without padding; of a decoder's rows every token is learnt."""
+    import torch
+
+    from fedspine_edge.batches import Batch
+
+    generator, none = torch.Generator().manual_seed(0), torch.zeros(0, dtype=torch.int64)
+    batches = []
+    for _ in range(NUM_BATCHES):
+        ids = torch.randint(0, vocabulary, (num_rows, width + 1), generator=generator)
+        rows, columns = torch.arange(num_rows).repeat_interleave(width), torch.arange(width).repeat(num_rows)
+        answers = (rows, columns, ids[:, 1:].reshape(-1)) if decoder else (none, none, none)
+        labels = torch.arange(num_rows) % 6
+        batches.append(Batch(ids[:, :width], torch.ones(num_rows, width, dtype=torch.bool), labels, *answers))
+    return batches
+
+
+def build(case: str) -> tuple[list[Any], Callable[[str], Trainee]]:
     """Returns the batches, and what makes a trainee of a variant; all start from the same factors."""
     import numpy as np
     import torch
@@ -72,13 +107,17 @@ def build(model: str) -> tuple[list[Any], Callable[[str], Trainee]]:
     from fedspine_edge.sources import model_directory
     from fedspine_edge.workbench import open_workbench
 
+    model, num_rows, width = CASES[case]
     path = model_directory(model, cache_directory())
     decoder = model.startswith("smollm")
     examples = load_examples("trec6")[:256]
     classes = tuple(sorted({example.label for example in examples}))
-    encoding = Encoding(AutoTokenizer.from_pretrained(path), classes, PROMPT if decoder else None)
-    tokens = encoding.encode(examples)
-    batches = list(training_batches(tokens, batch_size=BATCH, num_batches=NUM_BATCHES, seed=0))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if width is None:
+        tokens = Encoding(tokenizer, classes, PROMPT if decoder else None).encode(examples)
+        batches = list(training_batches(tokens, batch_size=num_rows, num_batches=NUM_BATCHES, seed=0))
+    else:
+        batches = full_batches(num_rows, width, vocabulary=tokenizer.vocab_size, decoder=decoder)
 
     def trainee(variant: str) -> Trainee:
         bench = open_workbench(path, sha256="0" * 64, num_labels=len(classes), choices=None)
@@ -91,16 +130,18 @@ def build(model: str) -> tuple[list[Any], Callable[[str], Trainee]]:
             )
             for m in layout.matrices
         }
+        shrunk = None
         if variant == "peft":
             tuned = with_peft(path, layout, factors, bench.model, len(classes), decoder=decoder)
         else:
-            if variant == "half":
+            if variant in SPARSITY:
                 scores = {g.name: np.random.default_rng(0).random(g.num_members) for g in layout.groups}
-                keep = choose(layout, scores, pruning_ratio=0.5, mode="per-layer")
+                keep = choose(layout, scores, pruning_ratio=SPARSITY[variant], mode="per-layer")
             narrow = slice_factors(layout, factors, keep_all(layout), keep)
-            tuned = bench.fit(keep, narrow, scaling=SCALING, mean_inputs={}).model
+            shrunk = bench.fit(keep, narrow, scaling=SCALING, mean_inputs={})
+            tuned = shrunk.model
         optimizer = torch.optim.AdamW(trainable_parameters(tuned), lr=1e-4, weight_decay=0.0, fused=True)
-        return Trainee(tuned, optimizer)
+        return Trainee(tuned, optimizer, shrunk)
 
     return batches, trainee
 
@@ -163,14 +204,14 @@ def saved_bytes(trainee: Trainee, batch: Any) -> int:
     return held
 
 
-def peak_bytes(model: str, variant: str) -> int:
+def peak_bytes(case: str, variant: str) -> int:
     """Returns the peak resident memory of some steps, in this process."""
     import torch
 
     from fedspine_edge.hardware import peak_memory_bytes, reset_peak_memory
 
     torch.set_num_threads(1)
-    batches, trainee_of = build(model)
+    batches, trainee_of = build(case)
     trainee = trainee_of(variant)
     reset_peak_memory()
     for batch in batches[:MEMORY_STEPS]:
@@ -178,9 +219,9 @@ def peak_bytes(model: str, variant: str) -> int:
     return peak_memory_bytes()
 
 
-def peak_in_own_process(model: str, variant: str) -> int:
+def peak_in_own_process(case: str, variant: str) -> int:
     """The same, in a fresh process."""
-    command = [sys.executable, __file__, "--model", model, "--variant", variant]
+    command = [sys.executable, __file__, "--case", case, "--variant", variant]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -195,69 +236,114 @@ def time_in_turns(trainees: dict[str, Trainee], batches: list[Any], turns: int) 
     seconds: dict[str, list[float]] = {variant: [] for variant in trainees}
     order = list(trainees)
     for turn in range(turns):
-        for variant in order[turn % 3 :] + order[: turn % 3]:
+        for variant in order[turn % len(order) :] + order[: turn % len(order)]:
             start = time.perf_counter()
             trainees[variant].step(batches[turn % len(batches)])
             seconds[variant].append(time.perf_counter() - start)
     return seconds
 
 
-def measure(model: str, threads: list[int], turns: int, report: dict[str, Any]) -> None:
-    """Adds one model's figures to the report and prints them."""
+def importance_seconds(trainee: Trainee) -> float:
+    """Returns the median wall seconds that measuring the importance takes a step of a round."""
+    from fedspine_edge.importance import ImportanceMeter
+    from fedspine_edge.masks import kept_counts
+    from fedspine_edge.tuning import IMPORTANCE_EVERY
+
+    meter, shrunk, seconds = ImportanceMeter(), trainee.shrunk, []
+    for _ in range(5):
+        start = time.perf_counter()
+        meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) / IMPORTANCE_EVERY
+
+
+def measure(case: str, threads: list[int], turns: int, report: dict[str, Any]) -> None:
+    """Adds one case's figures to the report and prints them."""
     import torch
 
     torch.set_num_threads(1)
-    batches, trainee_of = build(model)
+    batches, trainee_of = build(case)
     trainees = {variant: trainee_of(variant) for variant in VARIANTS}
     assert_agreement(trainees["ours"], trainees["peft"], batches[0])
     saved = {variant: saved_bytes(trainee, batches[0]) for variant, trainee in trainees.items()}
-    report["saved_bytes_ratio"][model] = saved["ours"] / saved["peft"]
+    report["saved_bytes"][case] = saved
+    report["saved_bytes_ratio"][case] = saved["ours"] / saved["peft"]
     for count in threads:
         torch.set_num_threads(count)
         for trainee in trainees.values():
             trainee.step(batches[0])
         seconds = time_in_turns(trainees, batches, turns)
-        key = f"{model} threads={count}"
+        key = f"{case} threads={count}"
+        pairs = [("vs_peft", "peft", "ours")] + [(f"{name}_vs_dense", "ours", name) for name in SPARSITY]
         ratios = {
             name: quartiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
-            for name, slow, fast in (("vs_peft", "peft", "ours"), ("half_vs_dense", "ours", "half"))
+            for name, slow, fast in pairs
         }
         for name, found in ratios.items():
             report[name][key] = found
+        share = importance_seconds(trainees["ours"]) / statistics.median(seconds["ours"])
+        report["importance_share"][key] = share
         report["step_seconds"][key] = {variant: quartiles(values) for variant, values in seconds.items()}
         texts = [f"{name} {r['median']:.2f}x [{r['low']:.2f}, {r['high']:.2f}]" for name, r in ratios.items()]
         medians = [f"{variant} {statistics.median(values) * 1e3:.0f} ms" for variant, values in seconds.items()]
-        print(f"{key:26} {'  '.join(texts)}   {', '.join(medians)}", flush=True)
+        print(f"{key:28} {'  '.join(texts)}  importance {share:.1%}   {', '.join(medians)}", flush=True)
     texts = [f"{variant} {held / 2**20:.0f} MiB" for variant, held in saved.items()]
-    print(f"{model:26} saved_bytes_ratio {saved['ours'] / saved['peft']:.2f}   {', '.join(texts)}", flush=True)
+    print(f"{case:28} saved_bytes_ratio {saved['ours'] / saved['peft']:.2f}   {', '.join(texts)}", flush=True)
+
+
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Draws how much faster a step is than peft's, against the sparsity."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for key, seconds in report["step_seconds"].items():
+        points = [(0.0, "ours"), *((ratio, name) for name, ratio in SPARSITY.items())]
+        speeds = [seconds["peft"]["median"] / seconds[name]["median"] for _, name in points]
+        axes.plot([ratio for ratio, _ in points], speeds, marker="o", label=key)
+    axes.set_xlabel("sparsity of the prunable weights")
+    axes.set_ylabel("speed of a step, peft + torch (dense) = 1")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=list(PACKAGED))
+    parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write all figures and the machine's facts here")
+    parser.add_argument("--json", type=Path, help="add the cases' figures and the machine's facts to this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratio against the sparsity")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
-        print(peak_bytes(options.model[0], options.variant))
+        print(peak_bytes(options.case[0], options.variant))
         return
-    keys = ("vs_peft", "half_vs_dense", "saved_bytes_ratio", "rss_ratio", "step_seconds", "peak_bytes")
-    report: dict[str, Any] = {key: {} for key in keys}
-    for model in options.model:
-        peaks = {variant: peak_in_own_process(model, variant) for variant in VARIANTS}
-        report["peak_bytes"][model] = peaks
-        report["rss_ratio"][model] = peaks["ours"] / peaks["peft"]
+    report = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
+    keys = ("vs_peft", *(f"{name}_vs_dense" for name in SPARSITY), "saved_bytes_ratio", "rss_ratio", "half_rss_ratio")
+    for key in (*keys, "importance_share", "step_seconds", "saved_bytes", "peak_bytes"):
+        report.setdefault(key, {})
+    for case in options.case:
+        peaks = {variant: peak_in_own_process(case, variant) for variant in ("peft", "ours", "half")}
+        report["peak_bytes"][case] = peaks
+        report["rss_ratio"][case] = peaks["ours"] / peaks["peft"]
+        report["half_rss_ratio"][case] = peaks["half"] / peaks["peft"]
         texts = [f"{variant} {peak / 2**20:.0f} MiB" for variant, peak in peaks.items()]
-        print(f"{model:26} rss_ratio {report['rss_ratio'][model]:.2f}   {', '.join(texts)}", flush=True)
-        measure(model, options.threads, options.turns, report)
+        print(f"{case:28} rss_ratio {report['rss_ratio'][case]:.2f}   {', '.join(texts)}", flush=True)
+        measure(case, options.threads, options.turns, report)
     if options.json:
         from fedspine_edge.hardware import this_machine
 
-        document = {"machine": dataclasses.asdict(this_machine()), **report}
+        document = {**report, "machine": dataclasses.asdict(this_machine())}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.plot:
+        plot(report, options.plot)
 
 
 if __name__ == "__main__":

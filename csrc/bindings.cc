@@ -2,13 +2,13 @@
 //
 // kernels.py has checked shapes, dtypes and layout; what is checked here are the sizes that would
 // make a kernel read or write out of bounds whatever the caller meant. The GIL is released.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
+
 #include <pybind11/stl.h>
 
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -18,41 +18,12 @@
 namespace fedspine {
 namespace {
 
-namespace py = pybind11;
-using Address = std::uintptr_t;  // Of a tensor's first element; 0 for none.
-
-const float* In(Address address) { return reinterpret_cast<const float*>(address); }
-float* Out(Address address) { return reinterpret_cast<float*>(address); }
-
-void Require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
 void CheckShape(const LinearShape& shape, Address lora_a, Address lora_b, int num_threads) {
   Require(shape.tokens >= 1 && shape.in_features >= 1 && shape.out_features >= 1,
           "expected at least one token, input and output");
   Require(shape.rank >= 0 && (shape.rank == 0 || (lora_a != 0 && lora_b != 0)),
           "expected lora_a and lora_b when the rank is above 0");
   Require(num_threads >= 1, "expected at least one thread");
-}
-
-// Grows and stays: a layer is called again and again, and fresh pages cost more than a small
-// product.
-float* Scratch(Index floats) {
-  constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(float* memory) const { ::operator delete(memory, kAlignment); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local Index size = 0;
-  if (floats > size) {
-    memory.reset();
-    size = 0;
-    memory.reset(static_cast<float*>(
-        ::operator new(static_cast<std::size_t>(floats) * sizeof(float), kAlignment)));
-    size = floats;
-  }
-  return memory.get();
 }
 
 void Forward(const LinearShape& shape, Address x, Address panels, Address bias, Address lora_a,
@@ -91,16 +62,6 @@ void Score(const LinearShape& shape, Address panels, Address lora_a, Address lor
   kernels.importance(args, Scratch(kernels.importance_scratch(shape)));
 }
 
-void CheckRows(Index tokens, Index features, int num_threads) {
-  Require(tokens >= 1 && features >= 1, "expected at least one token and one feature");
-  Require(num_threads >= 1, "expected at least one thread");
-}
-
-void CheckElements(Index size, int num_threads) {
-  Require(size >= 1, "expected at least one element");
-  Require(num_threads >= 1, "expected at least one thread");
-}
-
 KeptMatrix Kept(Address data, Index stride, Address keep_rows, Address keep_columns, Index rows,
                 Index columns) {
   return {In(data),
@@ -120,6 +81,26 @@ std::vector<std::string> AvailableIsas() {
 }
 
 }  // namespace
+
+// Grows and stays: a layer is called again and again, and fresh pages cost more than a small
+// product.
+float* Scratch(Index floats) {
+  constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, kAlignment); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local Index size = 0;
+  if (floats > size) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<float*>(
+        ::operator new(static_cast<std::size_t>(floats) * sizeof(float), kAlignment)));
+    size = floats;
+  }
+  return memory.get();
+}
+
 }  // namespace fedspine
 
 PYBIND11_MODULE(_native, m) {
@@ -163,44 +144,7 @@ PYBIND11_MODULE(_native, m) {
                         dlora_b, scaling, by_output, out, num_threads);
       },
       Unlocked());
-  m.def(
-      "rms_norm_forward",
-      [](Index tokens, Index features, Address x, Address weight, float epsilon, Address y,
-         Address rstd, int num_threads) {
-        fedspine::CheckRows(tokens, features, num_threads);
-        fedspine::Kernels().rms_norm_forward({tokens, features, fedspine::In(x),
-                                              fedspine::In(weight), epsilon, fedspine::Out(y),
-                                              fedspine::Out(rstd), num_threads});
-      },
-      Unlocked());
-  m.def(
-      "rms_norm_backward",
-      [](Index tokens, Index features, Address dy, Address x, Address weight, Address rstd,
-         Address dx, int num_threads) {
-        fedspine::CheckRows(tokens, features, num_threads);
-        fedspine::Kernels().rms_norm_backward({tokens, features, fedspine::In(dy), fedspine::In(x),
-                                               fedspine::In(weight), fedspine::In(rstd),
-                                               fedspine::Out(dx), num_threads});
-      },
-      Unlocked());
-  m.def(
-      "swiglu_forward",
-      [](Index size, Address gate, Address up, Address y, int num_threads) {
-        fedspine::CheckElements(size, num_threads);
-        fedspine::Kernels().swiglu_forward(
-            {size, fedspine::In(gate), fedspine::In(up), fedspine::Out(y), num_threads});
-      },
-      Unlocked());
-  m.def(
-      "swiglu_backward",
-      [](Index size, Address dy, Address gate, Address up, Address dgate, Address dup,
-         int num_threads) {
-        fedspine::CheckElements(size, num_threads);
-        fedspine::Kernels().swiglu_backward({size, fedspine::In(dy), fedspine::In(gate),
-                                             fedspine::In(up), fedspine::Out(dgate),
-                                             fedspine::Out(dup), num_threads});
-      },
-      Unlocked());
+  fedspine::BindStep(m);
   m.def(
       "gather",
       [](Address data, Index stride, Address keep_rows, Address keep_columns, Index rows,

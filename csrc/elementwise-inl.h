@@ -43,6 +43,29 @@ FEDSPINE_INLINE float SumVectors(Index size, const Term& term) {
   return SumLanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// Calls visit(first, count) for the vectors of [0, size), shared out among threads.
+template <typename Visit>
+inline void ForEachVectorInParts(Index size, int num_threads, const Visit& visit) {
+  constexpr double kFlopsPerElement = 64;  // What one costs, in flops of a product.
+  const Index parts = UsefulParts(kFlopsPerElement * static_cast<double>(size), num_threads);
+  RunParts(parts, [&](Index part) {
+    const Range range = PartRange(size, kLanes, part, parts);
+    ForEachVector(range.begin, range.end, visit);
+  });
+}
+
+// Calls visit(row) for every row, shared out among threads.
+template <typename Visit>
+inline void ForEachRowInParts(Index rows, Index features, int num_threads, const Visit& visit) {
+  constexpr double kFlopsPerElement = 32;
+  const double elements = static_cast<double>(rows) * static_cast<double>(features);
+  const Index parts = UsefulParts(kFlopsPerElement * elements, num_threads);
+  RunParts(parts, [&](Index part) {
+    const Range range = PartRange(rows, 1, part, parts);
+    for (Index row = range.begin; row < range.end; ++row) visit(row);
+  });
+}
+
 }  // namespace
 }  // namespace FEDSPINE_TARGET
 }  // namespace fedspine

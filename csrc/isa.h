@@ -2,7 +2,11 @@
 #ifndef FEDSPINE_CSRC_ISA_H_
 #define FEDSPINE_CSRC_ISA_H_
 
+#include "attention.h"
+#include "cross_entropy.h"
+#include "gelu.h"
 #include "importance.h"
+#include "layer_norm.h"
 #include "lora_linear.h"
 #include "rms_norm.h"
 #include "swiglu.h"
@@ -20,8 +24,20 @@ struct KernelTable {
   void (*importance)(const ImportanceArgs& args, float* scratch);
   void (*rms_norm_forward)(const RmsNormForwardArgs& args);
   void (*rms_norm_backward)(const RmsNormBackwardArgs& args);
+  void (*layer_norm_forward)(const LayerNormForwardArgs& args);
+  void (*layer_norm_again)(const LayerNormAgainArgs& args);
+  void (*layer_norm_backward)(const LayerNormBackwardArgs& args);
   void (*swiglu_forward)(const SwigluForwardArgs& args);
+  void (*swiglu_again)(const SwigluAgainArgs& args);
   void (*swiglu_backward)(const SwigluBackwardArgs& args);
+  void (*gelu_forward)(const GeluForwardArgs& args);
+  void (*gelu_again)(const GeluAgainArgs& args);
+  void (*gelu_backward)(const GeluBackwardArgs& args);
+  Index (*attention_forward_scratch)(const AttentionShape& shape, int num_threads);
+  void (*attention_forward)(const AttentionForwardArgs& args, float* scratch);
+  Index (*attention_backward_scratch)(const AttentionShape& shape, int num_threads);
+  void (*attention_backward)(const AttentionBackwardArgs& args, float* scratch);
+  void (*cross_entropy)(const CrossEntropyArgs& args);
 };
 
 // Targets this CPU runs, best first; ends with a null.

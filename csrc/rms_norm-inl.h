@@ -9,12 +9,6 @@ namespace fedspine {
 namespace FEDSPINE_TARGET {
 namespace {
 
-inline Index RmsNormParts(Index tokens, Index features, int num_threads) {
-  constexpr double kFlopsPerElement = 32;  // What one costs, in flops of a product.
-  const double elements = static_cast<double>(tokens) * static_cast<double>(features);
-  return UsefulParts(kFlopsPerElement * elements, num_threads);
-}
-
 inline void NormaliseRow(const RmsNormForwardArgs& args, Index token) {
   const float* const x = args.x + token * args.features;
   float* const y = args.y + token * args.features;
@@ -31,11 +25,8 @@ inline void NormaliseRow(const RmsNormForwardArgs& args, Index token) {
 }
 
 inline void RmsNormForward(const RmsNormForwardArgs& args) {
-  const Index parts = RmsNormParts(args.tokens, args.features, args.num_threads);
-  RunParts(parts, [&](Index part) {
-    const Range tokens = PartRange(args.tokens, 1, part, parts);
-    for (Index token = tokens.begin; token < tokens.end; ++token) NormaliseRow(args, token);
-  });
+  ForEachRowInParts(args.tokens, args.features, args.num_threads,
+                    [&](Index token) { NormaliseRow(args, token); });
 }
 
 inline void NormaliseRowBackward(const RmsNormBackwardArgs& args, Index token) {
@@ -56,11 +47,8 @@ inline void NormaliseRowBackward(const RmsNormBackwardArgs& args, Index token) {
 }
 
 inline void RmsNormBackward(const RmsNormBackwardArgs& args) {
-  const Index parts = RmsNormParts(args.tokens, args.features, args.num_threads);
-  RunParts(parts, [&](Index part) {
-    const Range tokens = PartRange(args.tokens, 1, part, parts);
-    for (Index token = tokens.begin; token < tokens.end; ++token) NormaliseRowBackward(args, token);
-  });
+  ForEachRowInParts(args.tokens, args.features, args.num_threads,
+                    [&](Index token) { NormaliseRowBackward(args, token); });
 }
 
 }  // namespace

@@ -1,6 +1,11 @@
 // The body of every target's translation unit: its namespace, its lanes, its table.
+#include "attention_backward-inl.h"
+#include "attention_forward-inl.h"
+#include "cross_entropy-inl.h"
+#include "gelu-inl.h"
 #include "importance-inl.h"
 #include "isa.h"
+#include "layer_norm-inl.h"
 #include "lora_linear_backward-inl.h"
 #include "lora_linear_forward-inl.h"
 #include "rms_norm-inl.h"
@@ -23,8 +28,20 @@ const KernelTable& Table() {
       Importance,
       RmsNormForward,
       RmsNormBackward,
+      LayerNormForward,
+      LayerNormAgain,
+      LayerNormBackward,
       SwigluForward,
+      SwigluAgain,
       SwigluBackward,
+      GeluForward,
+      GeluAgain,
+      GeluBackward,
+      AttentionForwardScratchFloats,
+      AttentionForward,
+      AttentionBackwardScratchFloats,
+      AttentionBackward,
+      CrossEntropy,
   };
   return kTable;
 }

@@ -60,8 +60,62 @@ def rms_norm_forward(
 def rms_norm_backward(
     tokens: int, features: int, dy: int, x: int, weight: int, rstd: int, dx: int, num_threads: int, /
 ) -> None: ...
-def swiglu_forward(size: int, gate: int, up: int, y: int, num_threads: int, /) -> None: ...
+def layer_norm_forward(
+    tokens: int,
+    features: int,
+    x: int,
+    residual: int,
+    weight: int,
+    bias: int,
+    epsilon: float,
+    y: int,
+    kept: int,
+    rstd: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def layer_norm_again(
+    tokens: int, features: int, normalised: int, weight: int, bias: int, y: int, num_threads: int, /
+) -> None: ...
+def layer_norm_backward(
+    tokens: int, features: int, dy: int, normalised: int, weight: int, rstd: int, dz: int, num_threads: int, /
+) -> None: ...
+def swiglu_forward(
+    size: int, gate: int, up: int, y: int, kept_gate: int, kept_up: int, num_threads: int, /
+) -> None: ...
+def swiglu_again(size: int, gate: int, up: int, y: int, num_threads: int, /) -> None: ...
 def swiglu_backward(size: int, dy: int, gate: int, up: int, dgate: int, dup: int, num_threads: int, /) -> None: ...
+def gelu_forward(size: int, x: int, y: int, kept: int, num_threads: int, /) -> None: ...
+def gelu_again(size: int, x: int, y: int, num_threads: int, /) -> None: ...
+def gelu_backward(size: int, dy: int, x: int, dx: int, num_threads: int, /) -> None: ...
+
+class AttentionShape:
+    def __init__(self, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, /) -> None: ...
+
+class AttentionCall:
+    def __init__(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        cos: int,
+        sin: int,
+        rotation_stride: int,
+        bias: int,
+        valid: int,
+        scale: float,
+        causal: bool,
+        num_threads: int,
+        /,
+    ) -> None: ...
+
+def attention_forward(shape: AttentionShape, call: AttentionCall, out: int, lse: int, /) -> None: ...
+def attention_backward(
+    shape: AttentionShape, call: AttentionCall, out: int, lse: int, dout: int, dq: int, dk: int, dv: int, /
+) -> None: ...
+def cross_entropy(
+    tokens: int, classes: int, logits: int, targets: int, scale: float, loss: int, num_threads: int, /
+) -> None: ...
 def gather(
     data: int,
     stride: int,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspine_edge import kernels
+from fedspine_edge.recomputed import not_held
 
 
 class LoRALinear(nn.Module):
@@ -46,9 +47,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns y [..., O] for x [..., I]."""
-        return kernels.lora_linear(
-            x, self.packed, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, scaling=self.scaling
-        )
+        with not_held(x):
+            return kernels.lora_linear(
+                x, self.packed, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, scaling=self.scaling
+            )
 
     def importance(self, axis: Literal["out", "in"]) -> Tensor:
         """Returns the LoRA-guided importance of each row (`axis="out"`) or column (`"in"`); needs gradients.

@@ -1,13 +1,16 @@
 """The meaning of every kernel in plain torch, no tricks: what `kernels` must compute, in any floating dtype.
 
 Tensors in, tensors out; differentiable by autograd; nothing is checked here. Shape letters: T tokens, I in, O out,
-R rank, K kept.
+R rank, K kept, B batch, H heads, G KV heads, D head size, V vocabulary.
 
 Source: LoRA (arXiv 2106.09685) for the layer; LoRAPrune (arXiv 2305.18403) for the importance; RMSNorm
-(arXiv 1910.07467); SwiGLU (arXiv 2002.05202).
+(arXiv 1910.07467); LayerNorm (arXiv 1607.06450); SwiGLU (arXiv 2002.05202); GELU (arXiv 1606.08415); attention (arXiv
+1706.03762) with rotary positions (arXiv 2104.09864).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -133,3 +136,97 @@ def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Returns silu(gate) * up = gate / (1 + exp(-gate)) * up, of any one shape."""
     return functional.silu(gate) * up
+
+
+def layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *, epsilon: float) -> Tensor:
+    """Returns (z - mean(z)) / sqrt(var(z) + epsilon) * weight + bias, z = x + residual, over the last dimension.
+
+    Args:
+        x: [..., I].
+        residual: [..., I], or None for zero.
+        weight: [I].
+        bias: [I].
+        epsilon: What keeps the root above zero.
+
+    Returns:
+        [..., I].
+    """
+    z = x if residual is None else x + residual
+    return functional.layer_norm(z, weight.shape, weight, bias, epsilon)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Returns x (1 + erf(x / sqrt(2))) / 2, of any shape."""
+    return functional.gelu(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """What the queries of an attention see, and how.
+
+    Attributes:
+        causal: Whether a query sees no key after itself.
+        valid: Keys that are there, bool [B, T]; None when all are.
+        bias: Added to the scores, [H, T, T]; takes no gradient.
+        rotation: cos and sin of the rotary embedding of queries and keys, each [1 or B, T, D].
+    """
+
+    causal: bool = False
+    valid: Tensor | None = None
+    bias: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns the rotary embedding of heads: x cos + (-second half, first half) sin.
+
+    Args:
+        x: [B, T, H, D].
+        rotation: cos and sin, each [1 or B, T, D].
+
+    Returns:
+        [B, T, H, D].
+    """
+    cos, sin = (part.unsqueeze(2) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Returns softmax(q k^T / sqrt(D) + bias) v over the keys each query sees; zeros for one that sees none.
+
+    Args:
+        q: [B, T, H, D].
+        k: [B, T, G, D]; query head h reads head h // (H / G).
+        v: [B, T, G, D].
+        pattern: What is seen.
+
+    Returns:
+        [B, T, H, D].
+    """
+    if pattern.rotation is not None:
+        q, k = rotate(q, pattern.rotation), rotate(k, pattern.rotation)
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)))
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+    seen = (seen.tril() if pattern.causal else seen).expand(q.shape[0], 1, -1, -1)
+    if pattern.valid is not None:
+        seen = seen & pattern.valid[:, None, None, :]
+        v = torch.where(pattern.valid[:, None, :, None], v, 0)
+    scores = q @ k.transpose(2, 3) * q.shape[3] ** -0.5
+    if pattern.bias is not None:
+        scores = scores + pattern.bias
+    blind = ~seen.any(-1, keepdim=True)
+    probabilities = torch.where(blind, 0, torch.where(seen | blind, scores, -torch.inf).softmax(-1))
+    return (probabilities @ v).transpose(1, 2).contiguous()
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Returns the mean of log sum exp(hidden W^T) - hidden W[target]^T over the tokens.
+
+    Args:
+        hidden: [T, I].
+        weight: [V, I].
+        targets: int64 [T], in [0, V).
+    """
+    return functional.cross_entropy(hidden @ weight.T, targets)

@@ -153,6 +153,7 @@ def fit_attention(model: nn.Module, layout: Layout, keep: Mapping[str, np.ndarra
         heads = torch.from_numpy(keep[f"layers.{layer}.heads"].astype(np.int64))
         heads = heads if earlier is None else torch.tensor(earlier[layer])[heads]
         attention.all_head_size = len(heads) * attention.attention_head_size
+        attention.kept_heads = heads  # read by a fused layer; a stock one is handed its heads' bias
         _select_position_bias(attention, heads)
 
 

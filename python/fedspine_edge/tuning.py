@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fedspine_edge.batches import Batch, TokenSet, prompt_batches
 from fedspine_edge.compensation import MeanInputMeter
+from fedspine_edge.cross_entropy import cross_entropy
 from fedspine_edge.errors import TuningError
 from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.lora import LoRALinear, trainable_parameters
@@ -100,8 +101,8 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
     """Returns the mean cross-entropy of a batch; a decoder's logits are computed at the learnt tokens alone."""
     if len(batch.answer_ids):
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        logits = model.get_output_embeddings()(hidden[batch.answer_rows, batch.answer_columns])
-        return functional.cross_entropy(logits, batch.answer_ids)
+        learnt = hidden[batch.answer_rows, batch.answer_columns]
+        return cross_entropy(learnt, model.get_output_embeddings().weight, batch.answer_ids)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.valid).logits
     return functional.cross_entropy(logits, batch.labels)
 

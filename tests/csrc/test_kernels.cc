@@ -1,101 +1,25 @@
 // Every kernel of every target this CPU runs, against plain loops in double. Buffers have exactly
 // the size the contracts ask for, so that the address sanitizer sees a read or write beyond them.
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <new>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "gather.h"
 #include "isa.h"
+#include "plain_loops.h"
 
 namespace {
 
-using fedspine::Index;
 using fedspine::LinearShape;
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-int failures = 0;
-
-void Fail(const std::string& what) {
-  std::printf("FAIL %s %s\n", fedspine::Kernels().name, what.c_str());
-  ++failures;
-}
 
 std::string Describe(const char* what, const LinearShape& shape, int threads) {
   return std::string(what) + " T=" + std::to_string(shape.tokens) +
          " I=" + std::to_string(shape.in_features) + " O=" + std::to_string(shape.out_features) +
          " R=" + std::to_string(shape.rank) + " threads=" + std::to_string(threads);
 }
-
-std::size_t Size(Index count) { return static_cast<std::size_t>(count); }
-
-Floats Draw(Index count, unsigned seed) {
-  std::mt19937 engine(seed);
-  std::normal_distribution<float> normal;
-  Floats values(Size(count));
-  for (float& value : values) value = normal(engine);
-  return values;
-}
-
-// [n, m] -> [m, n]
-Doubles Transposed(const Doubles& a, Index n, Index m) {
-  Doubles out(a.size());
-  for (Index i = 0; i < n; ++i) {
-    for (Index j = 0; j < m; ++j) out[Size(j * n + i)] = a[Size(i * m + j)];
-  }
-  return out;
-}
-
-// [n, k] x [k, m] -> [n, m]
-Doubles Product(const Doubles& a, const Doubles& b, Index n, Index k, Index m) {
-  Doubles out(Size(n * m), 0.0);
-  for (Index i = 0; i < n; ++i) {
-    for (Index l = 0; l < k; ++l) {
-      for (Index j = 0; j < m; ++j) out[Size(i * m + j)] += a[Size(i * k + l)] * b[Size(l * m + j)];
-    }
-  }
-  return out;
-}
-
-void Add(Doubles* sum, const Doubles& other, double scale) {
-  for (std::size_t i = 0; i < sum->size(); ++i) (*sum)[i] += scale * other[i];
-}
-
-Doubles ToDouble(const Floats& values) { return Doubles(values.begin(), values.end()); }
-
-// Float32 sums of `depth` terms of size 1 are off by about sqrt(depth) ulp; 1e-5 leaves a factor
-// of 10.
-void ExpectClose(const Floats& found, const Doubles& expected, const std::string& what) {
-  double largest = 1e-30;
-  double error = 0;
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    largest = std::max(largest, std::fabs(expected[i]));
-    const double difference = std::fabs(static_cast<double>(found[i]) - expected[i]);
-    if (!(difference <= error)) error = difference;  // Keeps a NaN.
-  }
-  if (!(error <= 1e-5 * largest)) Fail(what + " error " + std::to_string(error / largest));
-}
-
-// Scratch of exactly the announced size, aligned as the contract says.
-class Scratch {
- public:
-  explicit Scratch(Index floats)
-      : memory_(static_cast<float*>(::operator new(Size(floats) * sizeof(float), kAlignment))) {}
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { ::operator delete(memory_, kAlignment); }
-  float* get() const { return memory_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  float* memory_;
-};
 
 Floats Pack(const Floats& weight, Index rows, Index columns) {
   const Index panels = (rows + fedspine::kPanelWidth - 1) / fedspine::kPanelWidth;
@@ -288,65 +212,6 @@ void TestRmsNormMatchesPlainLoops() {
   }
 }
 
-void TestSwigluMatchesPlainLoops() {
-  for (const Index size : {1, 7, 16, 97, 100003}) {
-    Floats gate = Draw(size, 1);
-    const Floats up = Draw(size, 2), dy = Draw(size, 3);
-    for (float& value : gate) value *= 8;
-    Doubles y(up.size()), dgate(up.size()), dup(up.size());
-    for (std::size_t i = 0; i < up.size(); ++i) {
-      const double g = static_cast<double>(gate[i]), u = static_cast<double>(up[i]);
-      const double d = static_cast<double>(dy[i]), s = 1 / (1 + std::exp(-g));
-      y[i] = g * s * u;
-      dgate[i] = d * u * s * (1 + g * (1 - s));
-      dup[i] = d * g * s;
-    }
-    const std::string where = "gate N=" + std::to_string(size);
-    Floats first_y, first_dgate;
-    for (const int threads : {1, 2, 5}) {
-      Floats out_y(up.size()), out_dgate(up.size()), out_dup(up.size());
-      const fedspine::KernelTable& kernels = fedspine::Kernels();
-      kernels.swiglu_forward({size, gate.data(), up.data(), out_y.data(), threads});
-      kernels.swiglu_backward(
-          {size, dy.data(), gate.data(), up.data(), out_dgate.data(), out_dup.data(), threads});
-      ExpectClose(out_y, y, where + " y");
-      ExpectClose(out_dgate, dgate, where + " dgate");
-      ExpectClose(out_dup, dup, where + " dup");
-      if (threads == 1) {
-        first_y = out_y;
-        first_dgate = out_dgate;
-      }
-      if (out_y != first_y || out_dgate != first_dgate) Fail(where + " bits differ");
-    }
-  }
-}
-
-// exp is seen through a gate of -x: x / (1 + exp(-x)), to three ulp where that is a normal number.
-void TestExponentialFromEndToEnd() {
-  constexpr Index kSize = 40001;
-  Floats gate(Size(kSize)), y(Size(kSize));
-  const Floats up(Size(kSize), 1.0f);
-  for (Index i = 0; i < kSize; ++i) gate[Size(i)] = static_cast<float>(i) * 0.005f - 84.0f;
-  fedspine::Kernels().swiglu_forward({kSize, gate.data(), up.data(), y.data(), 1});
-  for (std::size_t i = 0; i < y.size(); ++i) {
-    const double g = static_cast<double>(gate[i]), exact = g / (1 + std::exp(-g));
-    const double error = std::fabs(static_cast<double>(y[i]) - exact);
-    if (!(error <= 3 * std::fabs(exact) / 8388608)) Fail("exp at " + std::to_string(-g));
-  }
-  const float huge = 3e38f, nan = std::nanf("");
-  const Floats far = {-huge, huge, -104.5f, nan, 0.0f}, one(5, 1.0f);
-  Floats out(5), dgate(5), dup(5);
-  fedspine::Kernels().swiglu_forward({5, far.data(), one.data(), out.data(), 1});
-  if (out[0] != 0 || out[1] != huge || out[2] != 0 || !std::isnan(out[3]) || out[4] != 0) {
-    Fail("gate at the ends");
-  }
-  fedspine::Kernels().swiglu_backward(
-      {5, one.data(), far.data(), one.data(), dgate.data(), dup.data(), 1});
-  if (dgate[0] != 0 || dgate[1] != 1 || dgate[2] != 0 || !std::isnan(dgate[3])) {
-    Fail("slope of the gate at the ends");
-  }
-}
-
 void TestGatherAndPack() {
   const Floats matrix = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};  // [3, 4]
   const std::vector<std::int64_t> rows = {0, 2}, columns = {1, 3};
@@ -375,8 +240,6 @@ int main() {
     TestThreadsDoNotChangeABit();
     TestImportanceMatchesPlainLoops();
     TestRmsNormMatchesPlainLoops();
-    TestSwigluMatchesPlainLoops();
-    TestExponentialFromEndToEnd();
     std::printf("%s done\n", (*table)->name);
   }
   if (fedspine::UseKernels("abacus")) Fail("an unknown target was taken");

@@ -1,0 +1,90 @@
+// What the tests of the kernels share: random numbers, plain products in double, comparison.
+#ifndef FEDSPINE_TESTS_CSRC_PLAIN_LOOPS_H_
+#define FEDSPINE_TESTS_CSRC_PLAIN_LOOPS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <new>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+
+using fedspine::Index;
+using Floats = std::vector<float>;
+using Doubles = std::vector<double>;
+
+inline int failures = 0;
+
+inline void Fail(const std::string& what) {
+  std::printf("FAIL %s %s\n", fedspine::Kernels().name, what.c_str());
+  ++failures;
+}
+
+inline std::size_t Size(Index count) { return static_cast<std::size_t>(count); }
+
+inline Floats Draw(Index count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal;
+  Floats values(Size(count));
+  for (float& value : values) value = normal(engine);
+  return values;
+}
+
+// [n, m] -> [m, n]
+inline Doubles Transposed(const Doubles& a, Index n, Index m) {
+  Doubles out(a.size());
+  for (Index i = 0; i < n; ++i) {
+    for (Index j = 0; j < m; ++j) out[Size(j * n + i)] = a[Size(i * m + j)];
+  }
+  return out;
+}
+
+// [n, k] x [k, m] -> [n, m]
+inline Doubles Product(const Doubles& a, const Doubles& b, Index n, Index k, Index m) {
+  Doubles out(Size(n * m), 0.0);
+  for (Index i = 0; i < n; ++i) {
+    for (Index l = 0; l < k; ++l) {
+      for (Index j = 0; j < m; ++j) out[Size(i * m + j)] += a[Size(i * k + l)] * b[Size(l * m + j)];
+    }
+  }
+  return out;
+}
+
+inline void Add(Doubles* sum, const Doubles& other, double scale) {
+  for (std::size_t i = 0; i < sum->size(); ++i) (*sum)[i] += scale * other[i];
+}
+
+inline Doubles ToDouble(const Floats& values) { return Doubles(values.begin(), values.end()); }
+
+// Float32 sums of `depth` terms of size 1 are off by about sqrt(depth) ulp; 1e-5 leaves a factor
+// of 10.
+inline void ExpectClose(const Floats& found, const Doubles& expected, const std::string& what) {
+  double largest = 1e-30;
+  double error = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    largest = std::max(largest, std::fabs(expected[i]));
+    const double difference = std::fabs(static_cast<double>(found[i]) - expected[i]);
+    if (!(difference <= error)) error = difference;  // Keeps a NaN.
+  }
+  if (!(error <= 1e-5 * largest)) Fail(what + " error " + std::to_string(error / largest));
+}
+
+// Scratch of exactly the announced size, aligned as the contract says.
+class Scratch {
+ public:
+  explicit Scratch(Index floats)
+      : memory_(static_cast<float*>(::operator new(Size(floats) * sizeof(float), kAlignment))) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { ::operator delete(memory_, kAlignment); }
+  float* get() const { return memory_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* memory_;
+};
+
+#endif  // FEDSPINE_TESTS_CSRC_PLAIN_LOOPS_H_
