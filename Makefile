@@ -4,6 +4,7 @@
 #   make test                     every test, C++ ones under the sanitizers included
 #   make test-export              SmolLM2-135M pruned four ways in every runtime, and what is refused: minutes
 #   make test-profile             profiles and tuning steps of real and tiny models, sensors of six boards: minutes
+#   make test-arm                 the kernels on AArch64, cross compiled and emulated; as root it installs what it needs
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -25,7 +26,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile lint bench clean
+.PHONY: demo test test-export test-profile test-arm lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -45,11 +46,14 @@ test-profile: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest tests/edge/test_profile.py tests/edge/test_profile_train.py tests/edge/test_sensors.py \
 	  tests/edge/test_latency.py tests/edge/test_doctor.py tests/server/test_step_law.py
 
+test-arm: $(VENV)/.dev
+	sh tests/arm/run.sh
+
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc benchmarks/arm/*.cc
 
 bench: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json

@@ -1,8 +1,9 @@
 // Work split into parts that do not depend on each other.
 //
 // Contract: a kernel's result never depends on how many parts there are or which thread runs one; a
-// part writes only what no other part touches. The pool is OpenMP's, because torch has loaded one
-// already and a second pool would fight it for the cores.
+// part writes only what no other part touches. The pool is that of the OpenMP runtime which the
+// process has loaded: torch's, because a second pool would fight it for the cores; without one, the
+// system's libgomp; without that, the calling thread.
 #ifndef FEDSPINE_CSRC_PARALLEL_H_
 #define FEDSPINE_CSRC_PARALLEL_H_
 

@@ -16,5 +16,8 @@ lock build
 lock run -c build.txt
 lock dev -c build.txt -c run.txt
 lock llama -c run.txt
+# For one machine alone, an emulated board: nothing in it depends on where it is read.
+uv pip compile --quiet --python-version 3.11 --python-platform aarch64-manylinux_2_28 --generate-hashes --no-annotate \
+  --no-header -c dev.txt arm.in -o arm.txt
 # llama.txt holds the one package that is compiled; what it imports stands in run.txt.
 awk '/^[a-z]/ { keep = /^llama-cpp-python/ } keep' llama.txt >"$never" && cat "$never" >llama.txt

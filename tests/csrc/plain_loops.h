@@ -25,11 +25,21 @@ inline void Fail(const std::string& what) {
 
 inline std::size_t Size(Index count) { return static_cast<std::size_t>(count); }
 
+// Normal values by Marsaglia's polar method. std::normal_distribution computes logarithms in quad
+// precision, for which AArch64 has no instruction: with clang 20 times the instructions of a test.
 inline Floats Draw(Index count, unsigned seed) {
   std::mt19937 engine(seed);
-  std::normal_distribution<float> normal;
+  const auto uniform = [&engine] { return 2 * static_cast<float>(engine() >> 8) * 0x1p-24f - 1; };
   Floats values(Size(count));
-  for (float& value : values) value = normal(engine);
+  for (float& value : values) {
+    float x, square;
+    do {
+      x = uniform();
+      const float y = uniform();
+      square = x * x + y * y;
+    } while (square >= 1 || square == 0);
+    value = x * std::sqrt(-2 * std::log(square) / square);
+  }
   return values;
 }
 

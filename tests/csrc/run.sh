@@ -1,12 +1,11 @@
 #!/bin/sh
-# Builds and runs the C++ tests, plain and under the sanitizers; with --arm also cross compiled, in qemu.
+# Builds and runs the C++ tests of some CMake presets: by default plain and under the sanitizers, leaks included.
 set -eu
 cd "$(dirname "$0")/../.."
 PATH="$PWD/.venv/bin:$PATH"
+export ASAN_OPTIONS=detect_leaks=1
 
-presets="default asan"
-[ "${1:-}" != "--arm" ] || presets="$presets aarch64"
-for preset in $presets; do
+for preset in ${@:-default asan}; do
   cmake --preset "$preset" >/dev/null
   cmake --build --preset "$preset"
   ctest --preset "$preset"
