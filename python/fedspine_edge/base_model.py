@@ -144,6 +144,28 @@ def _hash_files(files: list[Path]) -> str:
     return total.hexdigest()
 
 
+def skeleton(base: BaseModel, *, num_labels: int | None) -> Any:
+    """Returns the model with no weight loaded: its parameters are on the meta device.
+
+    Args:
+        base: The opened directory.
+        num_labels: Classes of the task head; None for a decoder, which has none.
+    """
+    config, decoder = base.config, base.family.task == "decoder"
+    if not decoder:
+        config.num_labels = num_labels
+    auto_class = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
+    with init_empty_weights(include_buffers=False):
+        return auto_class.from_config(config, dtype=torch.float32)
+
+
+def skeleton_layout(base: BaseModel, model: nn.Module) -> Layout:
+    """Returns the layout of a base model and the task head of its model, loaded or not."""
+    heads = base.family.task_head
+    task_head = tuple((name, tuple(p.shape)) for name, p in model.named_parameters() if name.startswith(heads))
+    return layout_of(base.config, base_sha256=base.sha256, task_head=task_head)
+
+
 def instantiate(base: BaseModel, *, num_labels: int | None, seed: int) -> tuple[nn.Module, Layout]:
     """Builds the model with everything loaded but the prunable linears, which stay empty shells.
 
@@ -155,24 +177,17 @@ def instantiate(base: BaseModel, *, num_labels: int | None, seed: int) -> tuple[
     Returns:
         The model, in evaluation mode and without dropout, and its layout.
     """
-    family, config = base.family, base.config
-    if family.task == "classifier":
-        config.num_labels = num_labels
-    auto_class = AutoModelForCausalLM if family.task == "decoder" else AutoModelForSequenceClassification
-    with init_empty_weights(include_buffers=False):
-        model = auto_class.from_config(config, dtype=torch.float32)
+    model, config = skeleton(base, num_labels=num_labels), base.config
     bare = layout_of(config, base_sha256=base.sha256)
     shells = {f"{matrix.name}.{part}" for matrix in bare.matrices for part in ("weight", "bias")}
     _load_parameters(model, base, shells, seed)
     model.tie_weights()
     model.requires_grad_(False)
     fuse(model)
-    task_head = [(name, p) for name, p in model.named_parameters() if name.startswith(family.task_head)]
-    for _, parameter in task_head:
-        parameter.requires_grad_(True)
-    layout = layout_of(
-        config, base_sha256=base.sha256, task_head=tuple((name, tuple(p.shape)) for name, p in task_head)
-    )
+    layout = skeleton_layout(base, model)
+    parameters = dict(model.named_parameters())
+    for name, _ in layout.task_head:
+        parameters[name].requires_grad_(True)
     return model.eval(), layout
 
 

@@ -166,6 +166,25 @@ def _learn(model: str, data: str, prompt: str | None, out: Path | None, force: b
     typer.echo(json.dumps(learned.record(), indent=2) if as_json else learned.lines())
 
 
+@commands.command()
+def plan(
+    model: Model,
+    *,
+    seq: Annotated[int, typer.Option(help="Tokens of the longest text.", min=1)] = 128,
+    batch: Annotated[int, typer.Option(help="Texts a step.", min=1)] = 8,
+    ratio: Annotated[float, typer.Option(help="Share of heads and FFN channels gone, 0 to 0.9.")] = 0.0,
+    rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 16,
+    measure: Annotated[bool, typer.Option("--measure", help="Run real steps too and print both.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a training step will take of the memory, before anything is loaded."""
+    from fedspine_edge.commands.plan import plan as foresee
+    from fedspine_edge.memory_plan import StepShape
+
+    found = foresee(model, StepShape(batch, seq, rank), pruning_ratio=ratio, measure=measure)
+    typer.echo(json.dumps(found.record(), indent=2) if as_json else found.lines())
+
+
 @commands.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a model directory, a .gguf or .onnx file.")],

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedspine_edge.batches import TokenSet, training_batches
-from fedspine_edge.hardware import peak_memory_bytes, reset_peak_memory
+from fedspine_edge.hardware import available_memory_bytes, peak_memory_bytes, reset_peak_memory
 from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.masks import Keep, blend, choose, kept_counts
+from fedspine_edge.memory_plan import StepShape, check_memory
 from fedspine_edge.protocol import Assignment, DeviceReport, Layout, Update
 from fedspine_edge.tuning import tune
 from fedspine_edge.update import arrays, assigned_factors, load_task_head, to_update
@@ -57,12 +58,15 @@ def run_round(
 
     Raises:
         IncompatibleError: The assignment is for another base model.
+        MemoryLimitError: A step at the ratio it begins with does not fit.
         TuningError: The loss is not finite.
     """
     reset_peak_memory()
     start = time.perf_counter()
     pruner = _Pruner(assignment, bench.layout, state)
     keep = pruner.mask(0)
+    shape = StepShape(assignment.batch_size, max(map(len, examples.rows)), assignment.rank)
+    check_memory(bench.model, bench.layout, kept_counts(keep), shape, available_bytes=available_memory_bytes())
     mean_inputs = arrays(assignment.tensors, "mean_input")
     factors = assigned_factors(assignment, bench.layout, keep)
     shrunk = bench.fit(keep, factors, scaling=assignment.scaling, mean_inputs=mean_inputs)

@@ -44,6 +44,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def available_memory_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns the memory a process can still get: the machine's, or its control group's where that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        used = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):  # no such group, or `max`
+        return available
+    return min(available, max(0, limit - used))
+
+
 def reset_peak_memory() -> None:
     """Makes the kernel forget this process's peak memory, so that the next reading is of what follows."""
     try:

@@ -17,9 +17,11 @@ import torch
 
 from fedspine_edge.batches import Batch, TokenSet, training_batches
 from fedspine_edge.errors import UsageError
+from fedspine_edge.hardware import available_memory_bytes
 from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.lora import fresh_factors
 from fedspine_edge.masks import MODES, Keep, choose, keep_all, kept_counts
+from fedspine_edge.memory_plan import StepShape, check_memory
 from fedspine_edge.protocol import Layout
 from fedspine_edge.shrink import kept_features
 from fedspine_edge.tuning import ShrunkModel, Tuned, tune, updated_means
@@ -97,9 +99,13 @@ def prune_and_tune(
         The adapter at its mask, and what was measured.
 
     Raises:
+        MemoryLimitError: A step on the whole model does not fit; nothing was started.
         TuningError: The loss is not finite.
     """
     layout = bench.layout
+    shape = StepShape(settings.batch_size, max(map(len, examples.rows)), settings.rank)
+    kept = kept_counts(keep_all(layout))
+    check_memory(bench.model, layout, kept, shape, available_bytes=available_memory_bytes())
     generator = torch.Generator().manual_seed(settings.seed)
     factors = {m.name: fresh_factors(m.out_features, m.in_features, settings.rank, generator) for m in layout.matrices}
     shrunk = bench.fit(keep_all(layout), factors, scaling=settings.scaling, mean_inputs={})
