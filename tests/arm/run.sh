@@ -30,3 +30,5 @@ ln -s "$PWD"/python/fedspine_edge/* "$PWD"/build/arm/extension/_native.*.so "$SI
 for cpu in cortex-a57 max; do
   CPU=$cpu sh tests/arm/python.sh -m pytest $kernel_tests
 done
+
+python benchmarks/arm_gates.py
