@@ -99,7 +99,7 @@ def plan_step(
     table = DECODER if family.task == "decoder" else ENCODER
     logits = shape.part_rows * ANSWER_TOKENS * int(config.vocab_size) if family.task == "decoder" else 0
     saved = int(part_tokens * sum(saved_floats(widths, table) for widths in layers))
-    activations = FLOAT * saved + NODES_BYTES * len(layers)
+    activations = FLOAT * saved + NODES_BYTES[family.task] * len(layers)
     slack = int(HEAP_SLACK[family.task] * activations)
     widest = max(max(3 * w.channels, 2 * w.query + 2 * w.key) + 3 * w.hidden for w in layers)
     return MemoryPlan(
