@@ -11,7 +11,7 @@ export ROOT SITE
 PATH="$PWD/.venv/bin:$PATH"
 
 # A kernel test forces instruction sets, so this finds those of kernels yet to come.
-kernel_tests=$(grep -l 'use_isa(' tests/edge/test_*.py)
+kernel_tests=$(grep -lE 'use_isa\(|each_backend' tests/edge/test_*.py)
 
 for cpu in cortex-a57 max; do
   QEMU_CPU=$cpu sh tests/csrc/run.sh aarch64 aarch64-gcc
