@@ -58,6 +58,7 @@ lint: $(VENV)/.installed $(VENV)/.dev
 bench: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json
 	$(RUN) $(BIN)/python benchmarks/bench_memory.py --json benchmarks/results/memory-minilm.json
+	$(RUN) $(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json --plot benchmarks/results/step.svg
 
 clean:
 	rm -rf $(VENV) build dist
