@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny import DECODERS, questions, tiny_tokenizer
 
-from fedspine_edge import kernels
+from fedspine_edge import device, kernels
 from fedspine_edge.batches import Encoding
 from fedspine_edge.checkpoint import load_device_state, load_pruned, save_device_state, save_pruned
 from fedspine_edge.data import Example
 from fedspine_edge.device import DeviceState, run_round
-from fedspine_edge.errors import CheckpointError, IncompatibleError, TuningError
+from fedspine_edge.errors import CheckpointError, IncompatibleError, MemoryLimitError, TuningError
 from fedspine_edge.lora import fresh_factors
 from fedspine_edge.masks import keep_all
 from fedspine_edge.protocol import Assignment, assignment_from_bytes, to_bytes, update_from_bytes
@@ -103,6 +103,14 @@ def test_native_and_reference_kernels_agree_on_a_round(tiny_models):
         off = ~np.isclose(native.tensors[name], expected, rtol=2e-2, atol=2e-3, equal_nan=True)
         assert off.mean() <= 0.1, name
         np.testing.assert_allclose(native.tensors[name], expected, rtol=2e-2, atol=5e-2, err_msg=name)
+
+
+def test_a_round_that_will_not_fit_is_refused_before_it_starts(tiny_models, monkeypatch):
+    bench, tokens = opened(tiny_models["llama"], "llama")
+    monkeypatch.setattr(device, "available_memory_bytes", lambda: 1 << 10)
+    monkeypatch.setattr(device, "tune", lambda *_, **__: pytest.fail("it started"))
+    with pytest.raises(MemoryLimitError, match="MiB of free memory for a step, found 0 MiB"):
+        run_round(bench, assignment_for(bench), tokens, DeviceState())
 
 
 def test_messages_survive_the_wire(tiny_models):

@@ -6,7 +6,7 @@ import pytest
 from tiny import CONFIGS
 from typer.testing import CliRunner
 
-from fedspine_edge import device, hardware, kernels, solo
+from fedspine_edge import hardware, kernels, solo
 from fedspine_edge.cli import app
 from fedspine_edge.commands.plan import forecast, measured_step
 from fedspine_edge.config import cache_directory
@@ -72,10 +72,6 @@ def test_tune_is_refused_before_it_starts(tiny_models, tmp_path, monkeypatch):
         app, ["tune", str(tiny_models["bert"]), "--data", str(data), "--out", str(tmp_path / "o")]
     )
     assert isinstance(done.exception, MemoryLimitError)
-
-
-def test_a_device_asks_for_memory_too():
-    assert device.check_memory is check_memory
 
 
 def test_plan_prints_every_class(tiny_models):
