@@ -77,8 +77,8 @@ $(VENV)/.packages: requirements/run.txt requirements/torch.txt requirements/data
 	$(PIP) $(LOCKED) -r requirements/data.txt
 	@touch $@
 
-# llama.cpp compiles for minutes: once a machine, then the wheel serves every clone.
-$(LLAMA_BUILT): requirements/llama.txt | $(VENV)/.tools
+# llama.cpp compiles for minutes: once a machine and version, then the wheel serves every clone.
+$(LLAMA_BUILT): | $(VENV)/.tools
 	@mkdir -p $(WHEELS)
 	@echo "building llama.cpp once, some 4 minutes on 2 cores; the wheel is kept in $(WHEELS)"
 	PATH="$(CURDIR)/$(BIN):$$PATH" CMAKE_ARGS="-DLLAVA_BUILD=OFF" CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" \
