@@ -36,7 +36,9 @@ class UnreachableError(LinkError):
 
 
 class DismissedError(LinkError):
-    """The server does not want this device or this boot of it: stop."""
+    """The server does not want this device or this boot of it: stop, and stay stopped (exit code 7)."""
+
+    exit_code = 7
 
 
 class NotTakenError(LinkError):
@@ -127,26 +129,32 @@ class Link:
 
         Raises:
             UnreachableError: It broke off; what came is kept.
-            NotTakenError: The server has no such blob for this device.
+            NotTakenError: The server has no such blob for this device, or another one.
             CheckpointError: The disk is full.
         """
         if path.is_file() and _hash_of(path) == sha256:
             return
         partial = path.with_name(f"{sha256}.partial")
         try:
-            with partial.open("ab") as file:
-                if file.tell() > num_bytes:
-                    file.truncate(0)
-                self._receive(sha256, num_bytes, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if _hash_of(partial) != sha256:
-                partial.unlink()
-                raise UnreachableError(f"expected blob {sha256[:12]}, found other bytes")
+            if not (self._fetched(sha256, num_bytes, partial) or self._fetched(sha256, num_bytes, partial)):
+                raise NotTakenError(f"expected blob {sha256[:12]}, found other bytes, from its beginning on")
             partial.replace(path)
             sync_directory(path.parent)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}", hint="free some space") from error
+
+    def _fetched(self, sha256: str, num_bytes: int, partial: Path) -> bool:
+        """Fetches what is missing of a blob; other bytes, as a power cut may leave them, are thrown away."""
+        with partial.open("ab") as file:
+            if file.tell() > num_bytes:
+                file.truncate(0)
+            self._receive(sha256, num_bytes, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if _hash_of(partial) == sha256:
+            return True
+        partial.unlink()
+        return False
 
     def _receive(self, sha256: str, num_bytes: int, file: Any) -> None:
         if file.tell() == num_bytes:

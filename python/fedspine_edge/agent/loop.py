@@ -130,13 +130,19 @@ class Agent:
             self._rest_worker()
             reply = self._link.task(float(self._welcome["wait_seconds"]))
             if reply is not None:
-                self._journal.begin(checked_task(reply))
+                self._begin(checked_task(reply))
             return
         manifest = self._journal.result()
         if manifest is None:
             manifest = self._work(task)
         if manifest is not None:
             self._deliver(task, manifest)
+
+    def _begin(self, task: Mapping[str, Any]) -> None:
+        try:
+            self._journal.begin(task)
+        except CheckpointError as error:
+            self._deliver(task, self._failed(task, str(error)))
 
     def _rest_worker(self) -> None:
         if self._worker.pid and time.monotonic() - self._idle_since > self._settings.worker_idle_seconds:
@@ -172,14 +178,21 @@ class Agent:
             return self._failed(task, answer["reason"])
         manifest = {"attempt": attempt, "sha256": answer["sha256"], "num_bytes": answer["num_bytes"]}
         manifest |= {"download_seconds": download_seconds}
-        self._journal.finish(manifest)
+        try:
+            self._journal.finish(manifest)
+        except CheckpointError as error:
+            return self._failed(task, str(error))
         return manifest
 
     def _failed(self, task: Mapping[str, Any], reason: str) -> dict[str, Any]:
         printable = "".join(c if c.isprintable() else " " for c in reason)[:MAX_REASON]
         logger.warning("task not done task=%s reason=%s", task["task_id"], printable)
         manifest = {"attempt": task["attempt"], "failure": printable}
-        self._journal.finish(manifest)
+        try:
+            self._journal.finish(manifest)
+        except CheckpointError as error:
+            # A full disk must not keep the server from hearing of it: after a power cut the task is begun again.
+            logger.warning("failure not kept reason=%s", error)
         return manifest
 
     def _tuned(self, task: Mapping[str, Any], blob: Path) -> Mapping[str, Any] | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedspine_edge.errors import IncompatibleError
+from fedspine_edge.errors import CheckpointError, IncompatibleError
 from fedspine_edge.protocol import MAX_MESSAGE_BYTES, Update, unpack, update_from_bytes
 from fedspine_server.link.blobs import BlobStore
 from fedspine_server.link.tables import FAILED, KEPT, ResultRow
@@ -90,7 +90,7 @@ def read_update(blobs: BlobStore, sha256: str) -> Update | None:
     """Returns a kept update; None for one that cannot be read any more, which then counts as missing."""
     try:
         return update_from_bytes(unpack(blobs.read(sha256), max_bytes=MAX_MESSAGE_BYTES))
-    except (IncompatibleError, KeyError):
+    except (CheckpointError, IncompatibleError, KeyError):
         return None
 
 

@@ -15,14 +15,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from starlette.types import ASGIApp
 
-from fedspine_edge.errors import FedSpineError
+from fedspine_edge.errors import CheckpointError, FedSpineError
 from fedspine_server.link import device_api, operator_api
 from fedspine_server.link.gate import Gate
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.rounds import advance, renew_leases
+from fedspine_server.link.rounds import advance, renew_leases, say_why
 from fedspine_server.link.sweeping import sweep
 from fedspine_server.link.tables import OFFERED, RUNNING, RunRow, TaskRow
 
@@ -75,7 +75,12 @@ class Steward:
             running = list(session.scalars(select(RunRow.run_id).where(RunRow.status == RUNNING)))
         moved = renew_leases(hub) > 0
         for run_id in running:
-            moved = advance(hub, run_id) or moved
+            try:
+                moved = advance(hub, run_id) or moved
+            except CheckpointError as error:
+                # One run's damage is not the others'.
+                if say_why(hub, run_id, str(error)):
+                    logger.error("run stands run=%s reason=%s", run_id, error)
         with hub.database.read() as session:
             hub.bell.ring(session.scalars(select(TaskRow.device_id).where(TaskRow.status == OFFERED)).all())
         if hub.clock() - self._swept_at > hub.settings.sweep_seconds:
@@ -89,6 +94,12 @@ async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     said = [{"loc": list(found["loc"])[:8], "msg": found["msg"][:200]} for found in error.errors()[:8]]
     return JSONResponse({"detail": said}, status_code=422)
+
+
+async def _say_that_it_cannot_be_kept(_: Request, error: Exception) -> JSONResponse:
+    """The database's disk is full, or its server away: the same call may succeed later."""
+    logger.error("database failed error=%s", error)
+    return JSONResponse({"detail": "expected a database that can be written, found none now"}, status_code=507)
 
 
 def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
@@ -116,6 +127,7 @@ def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
     )
     app.state.hub = hub
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    app.add_exception_handler(OperationalError, _say_that_it_cannot_be_kept)
     app.include_router(device_api.router)
     app.include_router(operator_api.router)
     return Gate(app, hub)

@@ -63,7 +63,7 @@ class BlobStore:
             CheckpointError: The disk is full.
         """
         sha256 = hashlib.sha256(content).hexdigest()
-        if not self._has(sha256):
+        if not self._has(sha256, len(content)):
             with self._new_file() as file:
                 file.write(content)
                 self._keep(file, sha256)
@@ -80,6 +80,7 @@ class BlobStore:
         with self._new_file() as file:
             file.write(content)
             file.flush()
+            os.fsync(file.fileno())  # the device will not send it again
             Path(file.name).replace(folder / f"{index:06d}")
 
     def num_chunks(self, upload: str) -> int:
@@ -101,7 +102,7 @@ class BlobStore:
             IncompatibleError: Chunks are missing or the whole is something else; the upload begins anew.
             CheckpointError: The disk is full.
         """
-        if self._has(sha256):
+        if self._has(sha256, num_bytes):
             self.drop_upload(upload)
             return
         digest, total = hashlib.sha256(), 0
@@ -134,13 +135,17 @@ class BlobStore:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         return len(gone)
 
-    def _has(self, sha256: str) -> bool:
-        """Whether a blob is there; marks it as in use, so that no sweep takes it before a transaction names it."""
+    def _has(self, sha256: str, num_bytes: int) -> bool:
+        """Whether a blob is there; marks it as in use, so that no sweep takes it before a transaction names it.
+
+        One that a failing disk cut short is not: it is written again.
+        """
+        path = self._blobs / sha256[:2] / sha256
         try:
-            os.utime(self._blobs / sha256[:2] / sha256)
+            os.utime(path)
+            return path.stat().st_size == num_bytes
         except FileNotFoundError:
             return False
-        return True
 
     def _keep(self, file: tempfile._TemporaryFileWrapper[bytes], sha256: str) -> None:
         folder = self._blobs / sha256[:2]

@@ -124,12 +124,16 @@ def blob(hub: SharedHub, device: Accepted, sha256: Annotated[str, Path(pattern=H
     """A blob of one of the device's own tasks; Range goes on with a download that broke off."""
     own = (TaskRow.device_id == device.device_id, TaskRow.blob_sha256 == sha256)
     with hub.database.read() as session:
-        if session.scalars(select(TaskRow.task_id).where(*own).limit(1)).first() is None:
-            raise HTTPException(404, "expected a blob of one of this device's tasks")
+        num_bytes = session.scalars(select(TaskRow.blob_bytes).where(*own).limit(1)).first()
+    if num_bytes is None:
+        raise HTTPException(404, "expected a blob of one of this device's tasks")
     try:
-        return FileResponse(hub.blobs.path(sha256), media_type="application/zstd")
+        path = hub.blobs.path(sha256)
     except KeyError as error:
         raise HTTPException(404, "that task is over and its blob is gone") from error
+    if path.stat().st_size != num_bytes:
+        raise HTTPException(404, f"expected a blob of {num_bytes} bytes, found it damaged on the server's disk")
+    return FileResponse(path, media_type="application/zstd")
 
 
 @router.head("/upload/{task_id}", status_code=204)

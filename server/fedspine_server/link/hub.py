@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from fedspine_server import store
@@ -145,6 +146,16 @@ class Hub:
         session.add(EventRow(at=self.clock(), kind=kind, run_id=run_id, device_id=device_id, detail=detail))
 
 
+def steady_clock(after: float) -> Callable[[], float]:
+    """Returns a clock that never goes back: not behind what is on record, nor when the machine's clock is set.
+
+    Args:
+        after: Seconds since 1970 that have passed for certain.
+    """
+    offset = max(time.time(), after) - time.monotonic()
+    return lambda: offset + time.monotonic()
+
+
 def open_hub(directory: Path, *, database: str | None = None, ca: str = "", **more: Any) -> Hub:
     """Opens what a server keeps in a directory, and makes it when missing.
 
@@ -156,4 +167,7 @@ def open_hub(directory: Path, *, database: str | None = None, ca: str = "", **mo
     """
     directory.mkdir(parents=True, exist_ok=True)
     url = database or f"sqlite:///{(directory / 'fedspine.sqlite').resolve()}"
-    return Hub(Database(url), BlobStore(directory), ca, **more)
+    opened = Database(url)
+    with opened.read() as session:
+        last = session.scalars(select(EventRow.at).order_by(EventRow.event_id.desc()).limit(1)).first()
+    return Hub(opened, BlobStore(directory), ca, **{"clock": steady_clock(last or 0.0), **more})

@@ -63,6 +63,14 @@ def advance(hub: Hub, run_id: str) -> bool:
         return False
 
 
+def say_why(hub: Hub, run_id: str, detail: str) -> bool:
+    """Shows the operator why a run stands where it stands; returns whether that is new."""
+    new = (RunRow.run_id == run_id, RunRow.detail != detail)
+    with hub.database.write() as session:
+        done: Any = session.execute(update(RunRow).where(*new).values(detail=detail))
+        return bool(done.rowcount)
+
+
 def renew_leases(hub: Hub) -> int:
     """Offers tasks again whose lease ran out, and returns how many."""
     now = hub.clock()
@@ -232,6 +240,7 @@ def _keep(hub: Hub, run: RunRow, state: RunState) -> None:
             adapter_sha256=adapter_sha256(state),
             round_index=state.round_index,
             status=FINISHED if over else RUNNING,
+            detail="",
             opened_at=None,
             closing_at=None,
         )

@@ -155,8 +155,8 @@ def result(hub: Hub, device_id: str, task_id: str, message: TaskResult) -> Resul
     """Takes the end of a task; asked again with the same attempt it gives the same answer.
 
     Raises:
-        HTTPException: 404 for another's task, 409 for an attempt that was never handed out or an upload that is not
-            what was announced (it then begins anew).
+        HTTPException: 404 for another's task, 409 for an attempt that was never handed out, 425 for an upload that is
+            not, or not any more, what was announced: it begins anew.
     """
     with hub.database.read() as session:
         known = session.get(ResultRow, (task_id, message.attempt))
@@ -184,7 +184,7 @@ def _malformed(hub: Hub, message: TaskResult, upload: str, max_bytes: int) -> st
     try:
         hub.blobs.finish_upload(upload, message.sha256, message.num_bytes)
     except IncompatibleError as error:
-        raise HTTPException(409, str(error)) from error
+        raise HTTPException(425, f"{error}: send the upload again") from error
     try:
         update_from_bytes(unpack(hub.blobs.read(message.sha256), max_bytes=max_bytes))
     except IncompatibleError as error:
