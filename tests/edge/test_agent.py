@@ -1,11 +1,13 @@
 """The agent by itself: what it keeps, what it refuses, what it reports, and how little it is while it waits."""
 
+import itertools
 import json
 import socket
 import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +16,8 @@ from boards import plant
 from fedspine_edge.agent import guards
 from fedspine_edge.agent.identity import Identity, fingerprint, load_identity, save_identity, split_token
 from fedspine_edge.agent.journal import Journal
+from fedspine_edge.agent.link import DismissedError, UnreachableError
+from fedspine_edge.agent.loop import LONGEST_BACKOFF_SECONDS, Agent
 from fedspine_edge.agent.senses import Senses
 from fedspine_edge.agent.settings import AgentSettings, load_settings, save_settings
 from fedspine_edge.agent.tasks import checked_task
@@ -187,6 +191,35 @@ def test_the_death_of_a_worker_is_an_answer_with_its_cause():
     assert worker.pid is None
     worker.ask("cancel")
     worker.stop()
+
+
+def test_ten_minutes_without_a_server_are_waited_out_less_often_each_time_and_at_least_once_a_minute(tmp_path):
+    slept, beats, tries = [0.0], [0], list[float]()
+    agent = Agent(
+        tmp_path,
+        Identity("http://127.0.0.1:1", "", "a", "s" * 43, enrolled=True),
+        SETTINGS,
+        beat=lambda: beats.__setitem__(0, beats[0] + 1),
+        sleep=lambda seconds: slept.__setitem__(0, slept[0] + seconds),
+    )
+
+    def away_for_ten_minutes():
+        tries.append(slept[0])
+        if slept[0] < 600:
+            raise UnreachableError("nobody there")
+
+    agent._patiently(away_for_ten_minutes)
+    waits = [after - before for before, after in itertools.pairwise(tries)]
+    assert 600 <= tries[-1] < 660
+    assert max(waits) <= LONGEST_BACKOFF_SECONDS
+    assert len(waits) < 30
+    assert beats[0] >= 600  # systemd's watchdog is fed all the while
+
+
+def test_systemd_leaves_a_dismissed_agent_stopped():
+    unit = (Path(__file__).parents[2] / "systemd" / "fedspine-agent.service").read_text()
+    assert f"RestartPreventExitStatus={DismissedError.exit_code}\n" in unit
+    assert DismissedError.exit_code not in {LinkError.exit_code, UsageError.exit_code, IncompatibleError.exit_code}
 
 
 def test_systemd_is_told_what_it_asked_for_and_only_by_a_loop_that_lives(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from link_world import ToyDevice, served, start_run, until
 from sqlalchemy.exc import OperationalError
 
 from fedspine_edge.agent.link import NotTakenError, UnreachableError
+from fedspine_edge.errors import CheckpointError
 from fedspine_server.link import runs
 from fedspine_server.link.hub import steady_clock
 from fedspine_server.link.tables import FINISHED
@@ -99,6 +100,21 @@ def test_a_database_that_cannot_be_written_is_to_be_tried_again(world, settings,
     device.hello()
     start_run(world, settings)
     assert runs.views(world.hub, "run-a")[0].status != FINISHED
+
+
+def test_an_upload_that_a_full_disk_cannot_take_is_sent_again_later(world, settings, tmp_path, monkeypatch):
+    (device,) = participants(world, "a")
+    start_run(world, settings)
+    task = device.task()
+
+    def full(*_):
+        raise CheckpointError("cannot write below /var: No space left on device", hint="free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.hub.blobs, "put_chunk", full)
+        with pytest.raises(UnreachableError, match="507: cannot write below /var: No space left"):
+            device.work(task, tmp_path)
+    assert device.work(task, tmp_path)["fate"] == "kept"
 
 
 def test_a_servers_clock_never_goes_back(tmp_path, monkeypatch):

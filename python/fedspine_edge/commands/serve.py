@@ -112,7 +112,7 @@ def serve(directory: Path) -> None:
     """Serves until it is stopped.
 
     Raises:
-        LinkError: The port is taken, or the database cannot be opened.
+        LinkError: The port is taken, the database cannot be opened, or nobody looks after the runs any more.
     """
     settings = read_settings(directory)
     hub = open_hub(directory, database=settings.database, ca=(directory / CA_FILE).read_text())
@@ -141,6 +141,8 @@ def serve(directory: Path) -> None:
     logging.getLogger(__name__).info("serving url=%s ca=%s", settings.url, fingerprint(directory / CA_FILE)[:12])
     with listener:
         server.run([listener])
+    if steward.failed:
+        raise LinkError("expected runs to be looked after, found that it ended by an error", hint="see the log above")
 
 
 class _Server(uvicorn.Server):
@@ -170,6 +172,8 @@ def _watch(server: uvicorn.Server, steward: Steward) -> None:
         beats = -1
         while not server.should_exit:
             time.sleep(1.0)
+            # A server that answers and moves no run would look well: better that systemd starts it anew.
+            server.should_exit = server.should_exit or steward.failed
             if steward.beats != beats:
                 beats = steward.beats
                 pulse.beat()

@@ -44,6 +44,7 @@ class Steward:
         self._thread = threading.Thread(target=self._work, name="steward", daemon=True)
         self._swept_at = LONG_AGO
         self.beats = 0
+        self.failed = False  # ended by an error that nobody foresaw
 
     def start(self) -> None:
         """Begins."""
@@ -56,6 +57,12 @@ class Steward:
         self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self._look_after_runs()
+        finally:
+            self.failed = not self._over.is_set()
+
+    def _look_after_runs(self) -> None:
         while not self._over.is_set():
             self._hub.nudge.clear()
             moved = False
@@ -102,6 +109,13 @@ async def _say_that_it_cannot_be_kept(_: Request, error: Exception) -> JSONRespo
     return JSONResponse({"detail": "expected a database that can be written, found none now"}, status_code=507)
 
 
+async def _say_what_the_program_says(_: Request, error: Exception) -> JSONResponse:
+    """The server's disk is full, or what lies on it is damaged."""
+    assert isinstance(error, FedSpineError)
+    logger.error("call failed error=%s", error)
+    return JSONResponse({"detail": str(error), "hint": error.hint}, status_code=507)
+
+
 def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
     """Returns the application; its steward, a new one when none is given, lives as long as its lifespan."""
     steward = steward or Steward(hub)
@@ -127,6 +141,7 @@ def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
     )
     app.state.hub = hub
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    app.add_exception_handler(FedSpineError, _say_what_the_program_says)
     app.add_exception_handler(OperationalError, _say_that_it_cannot_be_kept)
     app.include_router(device_api.router)
     app.include_router(operator_api.router)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fedspine_edge.errors import FedSpineError
 from fedspine_server.link.credentials import Principal, principal_of
 from fedspine_server.link.hub import Hub
 
@@ -25,7 +24,7 @@ UPLOAD = "/v1/upload/"
 
 
 class Gate:
-    """ASGI middleware: authenticates, limits, and turns the program's own errors into answers.
+    """ASGI middleware: authenticates and limits.
 
     Args:
         app: What stands behind.
@@ -55,7 +54,7 @@ class Gate:
             # What is still to come of the body is not worth reading.
             await _answer(send, 413, f"expected a body of at most {limit} bytes", {"Connection": "close"})
             return
-        await self._through(scope, _replayed(body, receive), send)
+        await self._app(scope, _replayed(body, receive), send)
 
     async def _principal(self, headers: Mapping[bytes, bytes]) -> Principal | None:
         scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
@@ -71,21 +70,6 @@ class Gate:
         if principal is not None and principal.kind == "operator":
             return OPERATOR_BODY_BYTES
         return self._hub.settings.chunk_bytes if principal is not None and path.startswith(UPLOAD) else BODY_BYTES
-
-    async def _through(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
-
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
-            await send(message)
-
-        try:
-            await self._app(scope, receive, watched)
-        except FedSpineError as error:
-            if begun:
-                raise
-            await _answer(send, 507, str(error), hint=error.hint)
 
 
 def _declares_at_most(headers: Mapping[bytes, bytes], limit: int) -> bool:
@@ -121,10 +105,8 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _answer(
-    send: Send, status: int, detail: str, headers: Mapping[str, str] | None = None, *, hint: str | None = None
-) -> None:
-    body = json.dumps({"detail": detail} | ({"hint": hint} if hint else {})).encode()
+async def _answer(send: Send, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+    body = json.dumps({"detail": detail}).encode()
     fixed = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
     pairs = [(name.encode(), value.encode()) for name, value in fixed.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
