@@ -219,6 +219,25 @@ def runs_show(run: str, *, operator: OperatorFile = None, json: Json = False) ->
     _print({**found, "events": events}, operate.run_text(found, events), json=json)
 
 
+@runs.command("fetch")
+def runs_fetch(
+    run: str,
+    *,
+    out: Annotated[Path | None, typer.Option(help="Where it goes; runs/NAME when not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, where its name is another on this machine.")
+    ] = None,
+    operator: OperatorFile = None,
+    json: Json = False,
+) -> None:
+    """Fetch a run's model, merged and pruned, as a directory that export takes."""
+    from fedspine_edge.commands import operate
+    from fedspine_edge.commands.fetch_run import fetch
+
+    found = fetch(operate.Operator(operator), run, out=out, model=model)
+    _print(found.record(), found.lines(), json=json)
+
+
 @runs.command("stop")
 def runs_stop(run: str, *, operator: OperatorFile = None, json: Json = False) -> None:
     """Stop a run; devices at work are told."""

@@ -35,6 +35,7 @@ agx_xavier = 1
 [link]
 min_devices = 3
 """
+PRUNED = ["models/pruned/model.safetensors", "models/pruned/fedspine_prune.json", "models/pruned/config.json"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
 
 
@@ -100,5 +101,12 @@ def test_three_real_devices_make_the_simulated_fleets_adapter_to_the_bit(toml, f
     closed = [event["detail"] for event in run["events"] if event["kind"] == "round_closed"]
     assert [detail["merged"] for detail in closed] == [["device-00", "device-01", "device-02"]] * 3
     assert all(detail["recorded_timings"] for detail in closed)
+    fetched = fedspine("runs", "fetch", "mine", "--out", "fetched", *operator, cwd=tmp_path)
+    assert (fetched["adapter_sha256"], fetched["rounds_done"]) == (simulated["adapter_sha256"], 3)
+    for name in PRUNED:
+        assert (tmp_path / "fetched" / name).read_bytes() == (tmp_path / "sim" / name).read_bytes(), name
+    rows = toml.with_name("rows.jsonl")
+    (exported,) = fedspine("export", "hf", "fetched", "--out", "hf", "--data", rows, "--json", cwd=tmp_path)
+    assert exported["top1_agreement"] == 1.0
     devices = fedspine("devices", "ls", *operator, cwd=tmp_path)
     assert all(device["facts"]["cores"] >= 1 and device["facts"]["memory_bytes"] > 0 for device in devices)

@@ -77,18 +77,38 @@ def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, r
         raise UsageError("expected a preset or a .toml file, found none", hint="fedspine simulate quickstart")
     table = _with_overrides(load_table(experiment), overrides)
     _check(table, experiment)
-    run_dir = out or _free_name(Path("runs") / Path(experiment).stem)
+    preset = Path(experiment).stem
+    run_dir = new_run_directory(preset, out, hint="go on with it with --resume, or choose another --out")
+    write_experiment(run_dir, preset, table)
+    return run_dir
+
+
+def new_run_directory(name: str, out: Path | None, *, hint: str) -> Path:
+    """Returns a directory, made for a new run.
+
+    Args:
+        name: What it is called below `runs/` when `out` is None, with a number when that is taken.
+        out: Where it goes.
+        hint: What to do when there is a run.
+
+    Raises:
+        UsageError: There is a run in it.
+        CheckpointError: It cannot be made.
+    """
+    run_dir = out or _free_name(Path("runs") / name)
     if (run_dir / EXPERIMENT_FILE).exists():
-        raise UsageError(
-            f"expected a new directory, found the run {run_dir}", hint=f"--resume {run_dir}, or another --out"
-        )
+        raise UsageError(f"expected a new directory, found the run {run_dir}", hint=hint)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make {run_dir}: {error.strerror}", hint="choose another --out") from error
-    document = {"format": FORMAT, "preset": Path(experiment).stem, "experiment": table}
-    write_bytes(run_dir / EXPERIMENT_FILE, (json.dumps(document, indent=2) + "\n").encode())
     return run_dir
+
+
+def write_experiment(run_dir: Path, preset: str, table: Mapping[str, Any]) -> None:
+    """Writes what a run was asked; with this file a directory is a run."""
+    document = {"format": FORMAT, "preset": preset, "experiment": table}
+    write_bytes(run_dir / EXPERIMENT_FILE, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def _with_overrides(table: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
@@ -267,9 +287,27 @@ def global_model(state: RunState, *, pruning_ratio: float | None = None) -> Glob
     )
 
 
+def save_state(run_dir: Path, state: RunState, *, suffix: str = "") -> None:
+    """Writes the coordinator's state and its rounds into a run directory."""
+    store.save(run_dir / f"state{suffix}", state)
+    lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in state.history)
+    write_bytes(run_dir / f"rounds{suffix}.jsonl", lines.encode())
+
+
 def last_state(scene: Scene, settings: RunSettings, folder: Path) -> RunState:
     """Returns the state a run was saved in, or the one before its first round."""
     return store.load(folder) if folder.is_dir() and any(folder.iterdir()) else scene.first_state(settings)
 
 
-__all__ = ["Overrides", "Scene", "build_scene", "global_model", "last_state", "prepare", "read_experiment"]
+__all__ = [
+    "Overrides",
+    "Scene",
+    "build_scene",
+    "global_model",
+    "last_state",
+    "new_run_directory",
+    "prepare",
+    "read_experiment",
+    "save_state",
+    "write_experiment",
+]

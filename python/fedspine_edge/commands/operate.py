@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import urllib3
+
 from fedspine_edge.agent.link import open_pool, pinned_context, request
-from fedspine_edge.errors import UsageError
+from fedspine_edge.errors import LinkError, UsageError
 
 OPERATOR_FILE = "operator.json"
 DEFAULT_DIRECTORY = Path("fedspine-server")
 CALL_SECONDS = 120.0
+OK = 200
 
 
 class Operator:
@@ -50,6 +53,20 @@ class Operator:
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Has the server do something and returns what it says."""
         return request(self._pool, "POST", f"{self.url}/v1/{path}", self._headers, body or {}, CALL_SECONDS)
+
+    def content(self, path: str) -> bytes:
+        """Returns what the server keeps as bytes, of any length.
+
+        Raises:
+            LinkError: It does not come, or not whole.
+        """
+        try:
+            reply = self._pool.request("GET", f"{self.url}/v1/{path}", headers=self._headers, timeout=CALL_SECONDS)
+        except urllib3.exceptions.HTTPError as error:
+            raise LinkError(f"expected {path} of {self.url}, found: {error}", hint="try again") from error
+        if reply.status != OK:
+            raise LinkError(f"server answered {reply.status} to {path}: {reply.data[:500].decode(errors='replace')}")
+        return reply.data
 
     def close(self) -> None:
         """Closes the connection."""

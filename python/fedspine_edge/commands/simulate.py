@@ -18,7 +18,7 @@ from typing import Any
 
 from fedspine_edge.atomic import write_bytes
 from fedspine_edge.checkpoint import save_pruned
-from fedspine_edge.commands.experiment import Scene, build_scene, global_model, last_state
+from fedspine_edge.commands.experiment import Scene, build_scene, global_model, last_state, save_state
 from fedspine_edge.commands.judgement import ModelFiles, judge_files
 from fedspine_edge.commands.workers import Workers
 from fedspine_edge.hardware import MemoryWatch, this_machine, usable_cores
@@ -27,7 +27,6 @@ from fedspine_edge.masks import kept_counts
 from fedspine_edge.report import write_report
 from fedspine_edge.structure import prunable_parameters
 from fedspine_edge.workbench import GlobalModel
-from fedspine_server import store
 from fedspine_server.coordinator import RunState, adapter_sha256
 from fedspine_server.fleet import run_fleet
 from fedspine_server.settings import RunSettings
@@ -104,14 +103,8 @@ def _federate(
     scene: Scene, settings: RunSettings, run_dir: Path, suffix: str, pool: Workers, live: LiveView
 ) -> Finished:
     """Runs the rounds that are not yet done and judges the result on the held-out rows."""
-    folder, rounds_file = run_dir / f"state{suffix}", run_dir / f"rounds{suffix}.jsonl"
-
-    def save(state: RunState) -> None:
-        store.save(folder, state)
-        lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in state.history)
-        write_bytes(rounds_file, lines.encode())
-
-    state = last_state(scene, settings, folder)
+    save = functools.partial(save_state, run_dir, suffix=suffix)
+    state = last_state(scene, settings, run_dir / f"state{suffix}")
     tune = functools.partial(pool.tune, state_folder=run_dir / f"devices{suffix}")
     state = run_fleet(
         state,

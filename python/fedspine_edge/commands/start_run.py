@@ -37,7 +37,8 @@ def run_request(config: str, *, name: str | None, timings: Path | None) -> dict[
     Raises:
         FedSpineError: Settings, model or data are not as they must be.
     """
-    experiment = settings_from(Experiment, load_table(config), where=config)
+    table = load_table(config)
+    experiment = settings_from(Experiment, table, where=config)
     settings = settings_from(RunSettings, {**experiment.run, "seed": experiment.seed}, where="[run]")
     options = _options(experiment, timings)
     given = experiment.link.get("classes") or {example.label for example in load_examples(experiment.data)}
@@ -53,6 +54,7 @@ def run_request(config: str, *, name: str | None, timings: Path | None) -> dict[
         "layout": bench.layout.to_json(),
         "recipe": {"classes": list(classes), "prompt": prompt},
         "options": options.model_dump(),
+        "experiment": {"preset": Path(config).stem, "experiment": table},
         "task_head": base64.b64encode(save_blob(first_task_head(bench))).decode(),
     }
 

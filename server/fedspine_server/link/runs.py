@@ -57,6 +57,7 @@ def start(hub: Hub, request: RunRequest) -> RunView:
                 run_id=request.run_id,
                 status=RUNNING,
                 recipe=request.recipe.model_dump(),
+                experiment=request.experiment,
                 options=request.options.model_dump(),
                 base_sha256=state.layout.base_sha256,
                 state_sha256=state_sha256,
@@ -144,6 +145,7 @@ def _view(session: Session, run: RunRow) -> RunView:
         base_sha256=run.base_sha256,
         detail=run.detail,
         recipe=run.recipe,
+        experiment=run.experiment,
         options=options,
         tasks=dict(statuses),
     )

@@ -228,6 +228,7 @@ class RunRequest(Message):
     layout: dict[str, Any]
     recipe: Recipe
     options: RunOptions = RunOptions()
+    experiment: dict[str, Any] = {}
     task_head: Base64Bytes = b""
 
 
@@ -273,6 +274,7 @@ class RunView(Message):
     detail: str
     recipe: dict[str, Any]
     options: dict[str, Any]
+    experiment: dict[str, Any]
     tasks: dict[str, int]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 PENDING, ACCEPTED, REVOKED = "pending", "accepted", "revoked"
 """Status of a device: it may do nothing but wait until the operator accepts it."""
@@ -71,13 +71,17 @@ class DeviceRow(Table):
 
 
 class RunRow(Table):
-    """A run; `state_sha256` names the coordinator's state and changes only together with the events that explain it."""
+    """A run; `state_sha256` names the coordinator's state and changes only together with the events that explain it.
+
+    `experiment` is the operator's file as it was given; the server keeps it for `runs fetch` and reads nothing of it.
+    """
 
     __tablename__ = "runs"
 
     run_id: Mapped[str] = mapped_column(primary_key=True)
     status: Mapped[str]
     recipe: Mapped[dict[str, Any]]
+    experiment: Mapped[dict[str, Any]]
     options: Mapped[dict[str, Any]]
     base_sha256: Mapped[str]
     state_sha256: Mapped[str]
