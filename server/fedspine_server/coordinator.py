@@ -22,6 +22,7 @@ from fedspine_server.aggregation.low_rank import random_rows
 from fedspine_server.arms import allowed_arms, cost_law, may_revive, schedule_ratio
 from fedspine_server.assignments import build_assignment, kept_members
 from fedspine_server.controllers import CONTROLLERS, Context, DeviceFacts
+from fedspine_server.lateness import LateResult, judge_late
 from fedspine_server.merging import merge
 from fedspine_server.results import DeviceResult, judge, round_record
 from fedspine_server.settings import RunSettings
@@ -29,6 +30,7 @@ from fedspine_server.state import DeviceState, RunState, adapter_sha256, weight_
 
 __all__ = [
     "DeviceResult",
+    "LateResult",
     "RunSettings",
     "RunState",
     "adapter_sha256",
@@ -121,7 +123,9 @@ def assign(state: RunState) -> tuple[tuple[Assignment, ...], RunState]:
     return tuple(build_assignment(state, state.open_choices[name]) for name in sorted(state.open_choices)), state
 
 
-def close_round(state: RunState, results: Sequence[DeviceResult], *, round_seconds: float) -> RunState:
+def close_round(
+    state: RunState, results: Sequence[DeviceResult], *, round_seconds: float, late: Sequence[LateResult] = ()
+) -> RunState:
     """Returns the state after a round: updates admitted, merged and learned from, the round on record.
 
     The order of the results does not matter; a device without a result counts as dropped.
@@ -130,14 +134,20 @@ def close_round(state: RunState, results: Sequence[DeviceResult], *, round_secon
         state: The state `assign` returned.
         results: What became of the assignments.
         round_seconds: Length of the round.
+        late: Answers to earlier rounds that came since the last closing, each given once.
     """
     by_device = {result.device_id: result for result in results}
     verdicts = [
         judge(state, by_device.get(device_id) or DeviceResult(device_id, "dropped", detail="no answer"))
         for device_id in sorted(state.open_choices)
     ]
-    outcomes = [verdict.outcome for verdict in verdicts]
-    updates = [v.result.update for v in verdicts if v.state == "merged" and v.result.update is not None]
+    fresh = [v.result.update for v in verdicts if v.state == "merged" and v.result.update is not None]
+    late_verdicts = judge_late(state, late, [update.device_id for update in fresh])
+    late_outcomes = [outcome for verdict in late_verdicts if (outcome := verdict.outcome(state)) is not None]
+    outcomes = [*(verdict.outcome for verdict in verdicts), *late_outcomes]
+    updates = [*fresh, *(verdict.update for verdict in late_verdicts if verdict.update is not None)]
+    record = round_record(state, verdicts, round_seconds)
+    record["late"] = [verdict.record(state.round_index) for verdict in late_verdicts]
     devices = dict(state.devices)
     for update in updates:
         kept = kept_members(update, state.layout)
@@ -150,7 +160,7 @@ def close_round(state: RunState, results: Sequence[DeviceResult], *, round_secon
         devices=devices,
         controller_state=CONTROLLERS[state.settings.controller].observe(state.controller_state, outcomes),
         open_choices={},
-        history=(*state.history, round_record(state, verdicts, round_seconds)),
+        history=(*state.history, record),
     )
 
 

@@ -1,7 +1,8 @@
 """Admitted updates -> the next global adapter, task head, importances and mean inputs.
 
 Comes in: the state a round began with and the updates that were admitted. Goes out: the state with the server's arrays
-moved on, matrix by matrix. Updates are taken in the order of their device_id, so the order of arrival changes nothing.
+moved on, matrix by matrix. Updates are taken in the order of their device_id, so the order of arrival changes nothing;
+one of an earlier round weighs less.
 
 Source: docs/algorithm.md, section 8.
 """
@@ -21,6 +22,7 @@ from fedspine_server.aggregation import AGGREGATIONS, Factors, RoundFacts
 from fedspine_server.aggregation.averages import moved_towards, on_scale_of, weighted_mean
 from fedspine_server.arms import in_cooldown
 from fedspine_server.assignments import contribution
+from fedspine_server.lateness import staleness_weight
 from fedspine_server.state import RunState, weight_of
 
 
@@ -29,7 +31,7 @@ def merge(state: RunState, updates: Sequence[Update]) -> RunState:
     if not updates:
         return state
     ordered = sorted(updates, key=lambda update: update.device_id)
-    weights = [weight_of(state.settings, state.devices[update.device_id]) for update in ordered]
+    weights = [_weight(state, update) for update in ordered]
     task_head = {
         name: weighted_mean([update.tensors[f"task_head/{name}"] for update in ordered], weights).astype(np.float32)
         for name in state.task_head
@@ -44,6 +46,11 @@ def merge(state: RunState, updates: Sequence[Update]) -> RunState:
             for name, old in state.mean_input.items()
         },
     )
+
+
+def _weight(state: RunState, update: Update) -> float:
+    own = weight_of(state.settings, state.devices[update.device_id])
+    return own * staleness_weight(state.round_index - update.round_index)
 
 
 def _adapter(state: RunState, updates: Sequence[Update], weights: Sequence[float]) -> dict[str, Factors]:

@@ -254,6 +254,28 @@ def test_a_round_closes_at_its_timeout_without_the_dead_device_and_takes_it_back
         assert until(dead.task)["round_index"] >= 1
 
 
+def test_a_late_update_is_merged_once_in_the_next_closing(tmp_path, settings):
+    clock = Clock()
+    with served(tmp_path / "server", clock=clock) as world:
+        quick, slow = ToyDevice(world, "a"), ToyDevice(world, "b", num_examples=30)
+        first, second = opened(world, settings, quick, slow, round_timeout_seconds=600.0)
+        quick.work(first, tmp_path)
+        clock.now += 601
+        until(lambda: run_view(world).round_index == 1)
+        assert slow.work(second, tmp_path)["fate"] == "late"
+        sent = (tmp_path / "b.update").read_bytes()
+        assert slow.link.result(second["task_id"], manifest(second, sent))["fate"] == "late"
+        for round_index in (1, 2):
+            quick.hello()
+            slow.hello()
+            quick.work(until(quick.task), tmp_path)
+            clock.now += 601
+            until(lambda over=round_index + 1: run_view(world).round_index == over)
+        history = world.hub.state(run_view(world).state_sha256).history
+        late = [[(entry["device_id"], entry["state"]) for entry in record["late"]] for record in history]
+        assert late == [[], [("b", "merged")], []]
+
+
 def test_a_device_that_joins_in_mid_run_takes_part_in_the_next_round(world, settings, tmp_path):
     first = ToyDevice(world, "a")
     (task,) = opened(world, settings, first)

@@ -13,12 +13,20 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
-from fedspine_edge.protocol import MAX_MESSAGE_BYTES, Update, unpack, update_from_bytes
+from fedspine_edge.protocol import (
+    MAX_MESSAGE_BYTES,
+    Assignment,
+    Update,
+    assignment_from_bytes,
+    unpack,
+    update_from_bytes,
+)
+from fedspine_server.lateness import LateResult
 from fedspine_server.link.blobs import BlobStore
-from fedspine_server.link.tables import FAILED, KEPT, ResultRow
+from fedspine_server.link.tables import FAILED, KEPT, ResultRow, TaskRow
 from fedspine_server.results import DeviceResult
 
 
@@ -58,6 +66,28 @@ def device_results(answers: Answers, blobs: BlobStore) -> tuple[list[DeviceResul
     return timed, record["virtual_end_seconds"] - record["virtual_start_seconds"]
 
 
+def late_results(
+    rows: Sequence[tuple[ResultRow, TaskRow]], facts: Mapping[str, Mapping[str, Any]], blobs: BlobStore
+) -> list[LateResult]:
+    """Returns answers to earlier rounds with what was asked then; one that cannot be read any more is left out."""
+    found = []
+    for row, task in rows:
+        update = read_update(blobs, row.blob_sha256) if row.blob_sha256 else None
+        assignment = _asked(task, blobs)
+        if update is not None and assignment is not None:
+            found.append(LateResult(assignment, _with_update(row, update, facts.get(row.device_id, {}), "late")))
+    return found
+
+
+def _asked(task: TaskRow, blobs: BlobStore) -> Assignment | None:
+    own = {name: task.spec[name] for name in ("pruning_ratio", "num_steps", "seed")}
+    try:
+        shared = unpack(blobs.read(task.blob_sha256), max_bytes=task.spec["message_bytes"])
+        return dataclasses.replace(assignment_from_bytes(shared), device_id=task.device_id, **own)
+    except (IncompatibleError, KeyError):
+        return None
+
+
 def _measured(row: ResultRow, answers: Answers, blobs: BlobStore) -> DeviceResult:
     facts = answers.facts.get(row.device_id, {})
     board, power_mode = facts.get("board") or "", facts.get("power_mode") or ""
@@ -66,17 +96,23 @@ def _measured(row: ResultRow, answers: Answers, blobs: BlobStore) -> DeviceResul
         return DeviceResult(
             row.device_id, "dropped", detail=said + (row.detail or ""), board=board, power_mode=power_mode
         )
-    update = read_update(blobs, row.blob_sha256)
+    waiting_seconds = max(0.0, answers.closing_at - row.received_at)
+    result = _with_update(row, read_update(blobs, row.blob_sha256), facts, "arrived")
+    return dataclasses.replace(result, waiting_seconds=waiting_seconds)
+
+
+def _with_update(
+    row: ResultRow, update: Update | None, facts: Mapping[str, Any], arrival: Literal["arrived", "late"]
+) -> DeviceResult:
     return DeviceResult(
         device_id=row.device_id,
-        arrival="arrived",
+        arrival=arrival,
         update=update,
         compute_seconds=_seconds(update),
         download_seconds=row.seconds["download"],
         upload_seconds=row.seconds["upload"],
-        waiting_seconds=max(0.0, answers.closing_at - row.received_at),
-        board=board,
-        power_mode=power_mode,
+        board=facts.get("board") or "",
+        power_mode=facts.get("power_mode") or "",
     )
 
 

@@ -19,13 +19,14 @@ from sqlalchemy.orm import Session
 from fedspine_edge.protocol import Assignment, Layout, pack, to_bytes
 from fedspine_server import coordinator
 from fedspine_server.closing import round_end
-from fedspine_server.link.answers import Answers, device_results
+from fedspine_server.link.answers import Answers, device_results, late_results
 from fedspine_server.link.hub import Hub
 from fedspine_server.link.tables import (
     ACCEPTED,
     EXPIRED,
     FINISHED,
     KEPT,
+    LATE,
     LEASED,
     OFFERED,
     RUNNING,
@@ -196,11 +197,14 @@ def _close(hub: Hub, run: RunRow) -> bool:
     with hub.database.read() as session:
         rows = [row for row in _results(session, run) if row.received_at <= run.closing_at]
         facts = {device.device_id: device.facts for device in session.scalars(select(DeviceRow))}
+        # Recorded seconds are those of a fleet that had no late updates to merge.
+        late_rows = [] if run.options.get("timings") else _late(session, run)
     results, round_seconds = device_results(
         Answers(rows, facts, run.opened_at, run.closing_at, run.round_index, run.options.get("timings")), hub.blobs
     )
-    state = coordinator.close_round(state, results, round_seconds=round_seconds)
-    _keep(hub, run, state)
+    late = late_results(late_rows, facts, hub.blobs)
+    state = coordinator.close_round(state, results, round_seconds=round_seconds, late=late)
+    _keep(hub, run, state, [row.task_id for row, _ in late_rows])
     return True
 
 
@@ -229,7 +233,15 @@ def _results(session: Session, run: RunRow) -> list[ResultRow]:
     return list(session.scalars(select(ResultRow).where(*own).order_by(ResultRow.device_id, ResultRow.attempt)))
 
 
-def _keep(hub: Hub, run: RunRow, state: RunState) -> None:
+def _late(session: Session, run: RunRow) -> list[tuple[ResultRow, TaskRow]]:
+    """The late results of earlier rounds that no closing has judged yet."""
+    unjudged = (ResultRow.fate == LATE, ResultRow.closed_with.is_(None))
+    own = (ResultRow.run_id == run.run_id, ResultRow.round_index < run.round_index)
+    rows = select(ResultRow, TaskRow).join(TaskRow, TaskRow.task_id == ResultRow.task_id).where(*own, *unjudged)
+    return [(result, task) for result, task in session.execute(rows)]
+
+
+def _keep(hub: Hub, run: RunRow, state: RunState, late_tasks: Sequence[str]) -> None:
     state_sha256, record = hub.keep_state(state), state.history[-1]
     over = state.round_index == state.settings.rounds
     with hub.database.write() as session:
@@ -244,6 +256,8 @@ def _keep(hub: Hub, run: RunRow, state: RunState) -> None:
             opened_at=None,
             closing_at=None,
         )
+        judged = (ResultRow.task_id.in_(late_tasks), ResultRow.fate == LATE)
+        session.execute(update(ResultRow).where(*judged).values(closed_with=run.round_index))
         # Who has fetched a task may still answer late; one nobody fetched is no longer wanted, nor is any at the end.
         still_open = (TaskRow.run_id == run.run_id, TaskRow.status.in_((OFFERED, LEASED)))
         unfetched = (TaskRow.attempt == 0, TaskRow.round_index == run.round_index)
@@ -271,6 +285,7 @@ def _record_round(hub: Hub, session: Session, run: RunRow, record: Mapping[str, 
         run_id=run.run_id,
         round_index=run.round_index,
         merged=[device["device_id"] for device in devices if device["state"] == "merged"],
+        late={late["device_id"]: late["detail"] or late["state"] for late in record["late"]},
         missing={d["device_id"]: d["detail"] for d in devices if d["state"] not in ("merged", "away")},
         loss_after=record["loss_after"],
         recorded_timings=bool(run.options.get("timings")),

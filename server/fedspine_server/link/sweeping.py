@@ -6,10 +6,10 @@ transaction that names it.
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.tables import LEASED, OFFERED, STOPPED, ResultRow, RunRow, TaskRow
+from fedspine_server.link.tables import LATE, LEASED, OFFERED, STOPPED, ResultRow, RunRow, TaskRow
 
 
 def sweep(hub: Hub) -> int:
@@ -17,7 +17,10 @@ def sweep(hub: Hub) -> int:
     with hub.database.read() as session:
         wanted = set(session.scalars(select(RunRow.state_sha256)))
         wanted |= set(session.scalars(select(TaskRow.blob_sha256).where(TaskRow.status.in_((OFFERED, LEASED)))))
-        unmerged = ResultRow.round_index >= RunRow.round_index - 1
+        late = (ResultRow.fate == LATE, ResultRow.closed_with.is_(None))
+        asked = select(TaskRow.blob_sha256).join(ResultRow, ResultRow.task_id == TaskRow.task_id).where(*late)
+        wanted |= set(session.scalars(asked))
+        unmerged = or_(ResultRow.round_index >= RunRow.round_index - 1, and_(*late))
         kept = select(ResultRow.blob_sha256).join(RunRow, RunRow.run_id == ResultRow.run_id).where(unmerged)
         wanted |= {sha256 for sha256 in session.scalars(kept) if sha256 is not None}
         paused = select(TaskRow.blob_sha256).join(RunRow, RunRow.run_id == TaskRow.run_id)

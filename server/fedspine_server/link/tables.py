@@ -119,7 +119,10 @@ class TaskRow(Table):
 
 
 class ResultRow(Table):
-    """What came back for one attempt of a task; the primary key is what makes a second delivery change nothing."""
+    """What came back for one attempt of a task; the primary key is what makes a second delivery change nothing.
+
+    `closed_with` is the round in whose closing a late result was judged; it changes together with the run's state.
+    """
 
     __tablename__ = "results"
 
@@ -130,6 +133,7 @@ class ResultRow(Table):
     device_id: Mapped[str]
     fate: Mapped[str]
     staleness: Mapped[int]
+    closed_with: Mapped[int | None]
     blob_sha256: Mapped[str | None]
     seconds: Mapped[dict[str, Any]]
     detail: Mapped[str | None]

@@ -215,6 +215,7 @@ def _decide(hub: Hub, session: Session, task_id: str, message: TaskResult, refus
         device_id=task.device_id,
         fate=fate,
         staleness=staleness,
+        closed_with=None,
         blob_sha256=message.sha256 if fate in (KEPT, LATE) else None,
         seconds={"download": message.download_seconds, "upload": message.upload_seconds},
         detail=detail,
