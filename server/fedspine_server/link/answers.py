@@ -84,7 +84,7 @@ def _asked(task: TaskRow, blobs: BlobStore) -> Assignment | None:
     try:
         shared = unpack(blobs.read(task.blob_sha256), max_bytes=task.spec["message_bytes"])
         return dataclasses.replace(assignment_from_bytes(shared), device_id=task.device_id, **own)
-    except (IncompatibleError, KeyError):
+    except (CheckpointError, IncompatibleError, KeyError):
         return None
 
 
