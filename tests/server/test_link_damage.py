@@ -1,6 +1,7 @@
 """What a failing disk, a full one and a clock that is set leave behind on the server, and how little of it matters."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -115,6 +116,18 @@ def test_an_upload_that_a_full_disk_cannot_take_is_sent_again_later(world, setti
         with pytest.raises(UnreachableError, match="507: cannot write below /var: No space left"):
             device.work(task, tmp_path)
     assert device.work(task, tmp_path)["fate"] == "kept"
+
+
+def test_an_answer_that_was_kept_counts_whatever_the_clock_of_the_process_that_closes_the_round(settings, tmp_path):
+    def clock():
+        return time.time() - (5.0 if threading.current_thread().name == "steward" else 0.0)
+
+    with served(tmp_path / "server", clock=clock) as world:
+        (device,) = participants(world, "a")
+        start_run(world, settings)
+        assert device.work(until(device.task), tmp_path)["fate"] == "kept"
+        (detail,) = until(lambda: closed(world))
+        assert detail["merged"] == ["a"]
 
 
 def test_a_servers_clock_never_goes_back(tmp_path, monkeypatch):

@@ -195,7 +195,8 @@ def _close(hub: Hub, run: RunRow) -> bool:
             _commit(session, run, closing_at=end)
         run.closing_at = end
     with hub.database.read() as session:
-        rows = [row for row in _results(session, run) if row.received_at <= run.closing_at]
+        # Not by the time they came: what was committed before the closing was not late, whatever a clock says.
+        rows = [row for row in _results(session, run) if row.fate != LATE]
         facts = {device.device_id: device.facts for device in session.scalars(select(DeviceRow))}
         # Recorded seconds are those of a fleet that had no late updates to merge.
         late_rows = [] if run.options.get("timings") else _late(session, run)
