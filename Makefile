@@ -66,6 +66,7 @@ bench: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json
 	$(RUN) $(BIN)/python benchmarks/bench_memory.py --json benchmarks/results/memory-minilm.json
 	$(RUN) $(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json --plot benchmarks/results/step.svg
+	$(RUN) $(BIN)/python benchmarks/bench_link.py --json benchmarks/results/link.json
 
 clean:
 	rm -rf $(VENV) build dist
