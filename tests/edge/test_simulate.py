@@ -136,7 +136,16 @@ def test_a_killed_program_leaves_no_workers_behind(experiment, tmp_path):
     assert not alive
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores Ctrl-C, and so does all that it starts in turn."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_the_last_round_and_says_how_to_go_on(experiment, tmp_path):
     path = experiment(top="dense_reference = false", run="")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
