@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedspine_edge.atomic import write_directory
 from fedspine_edge.base_model import open_base
 from fedspine_edge.checkpoint import read_prune_file, save_pruned
-from fedspine_edge.commands.experiment import global_model, read_experiment
+from fedspine_edge.commands.experiment import read_experiment
 from fedspine_edge.commands.export import Announce
 from fedspine_edge.commands.parity import DEFAULT_POSITIONS, Text, Verdict, logits_of, require, text_for
+from fedspine_edge.commands.run_state import global_model
 from fedspine_edge.commands.targets import model_target
 from fedspine_edge.config import cache_directory, settings_from
 from fedspine_edge.errors import IncompatibleError, UsageError

@@ -23,12 +23,10 @@ from fedspine_edge.commands.workers import WorkerSetup
 from fedspine_edge.config import Experiment, cache_directory, load_table, settings_from
 from fedspine_edge.data import Split, load_examples, partition, split
 from fedspine_edge.errors import CheckpointError, UsageError
-from fedspine_edge.masks import choose
 from fedspine_edge.protocol import Layout
 from fedspine_edge.sources import model_directory
-from fedspine_edge.workbench import GlobalModel, Workbench, open_workbench
-from fedspine_server import step_law, store
-from fedspine_server.arms import schedule_ratio
+from fedspine_edge.workbench import Workbench, open_workbench
+from fedspine_server import step_law
 from fedspine_server.coordinator import RunState, init
 from fedspine_server.device_models import DeviceSpec, make_specs
 from fedspine_server.settings import RunSettings
@@ -267,47 +265,12 @@ def first_task_head(bench: Workbench) -> dict[str, np.ndarray]:
     return {name: parameters[name].detach().numpy().copy() for name, _ in bench.layout.task_head}
 
 
-def global_model(state: RunState, *, pruning_ratio: float | None = None) -> GlobalModel:
-    """Returns the global adapter at the server's own mask.
-
-    Args:
-        state: The run.
-        pruning_ratio: The mask's ratio; the schedule's of the last closed round when None.
-    """
-    settings = state.settings
-    if pruning_ratio is None:
-        pruning_ratio = schedule_ratio(settings, max(0, state.round_index - 1))
-    keep = choose(state.layout, state.importance, pruning_ratio=pruning_ratio, mode=settings.mask_mode)
-    return GlobalModel(
-        keep=keep,
-        factors={name: (factors.lora_a, factors.lora_b) for name, factors in state.adapter.items()},
-        task_head=state.task_head,
-        mean_inputs=state.mean_input if settings.mean_compensation else {},
-        scaling=settings.scaling,
-    )
-
-
-def save_state(run_dir: Path, state: RunState, *, suffix: str = "") -> None:
-    """Writes the coordinator's state and its rounds into a run directory."""
-    store.save(run_dir / f"state{suffix}", state)
-    lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in state.history)
-    write_bytes(run_dir / f"rounds{suffix}.jsonl", lines.encode())
-
-
-def last_state(scene: Scene, settings: RunSettings, folder: Path) -> RunState:
-    """Returns the state a run was saved in, or the one before its first round."""
-    return store.load(folder) if folder.is_dir() and any(folder.iterdir()) else scene.first_state(settings)
-
-
 __all__ = [
     "Overrides",
     "Scene",
     "build_scene",
-    "global_model",
-    "last_state",
     "new_run_directory",
     "prepare",
     "read_experiment",
-    "save_state",
     "write_experiment",
 ]

@@ -14,8 +14,9 @@ from typing import Any
 
 from fedspine_edge.base_model import open_base
 from fedspine_edge.checkpoint import save_pruned
-from fedspine_edge.commands.experiment import global_model, new_run_directory, save_state, write_experiment
+from fedspine_edge.commands.experiment import new_run_directory, write_experiment
 from fedspine_edge.commands.operate import Operator
+from fedspine_edge.commands.run_state import global_model, save_state
 from fedspine_edge.config import cache_directory
 from fedspine_edge.errors import IncompatibleError, LinkError, UsageError
 from fedspine_edge.sources import model_directory

@@ -18,8 +18,9 @@ from typing import Any
 
 from fedspine_edge.atomic import write_bytes
 from fedspine_edge.checkpoint import save_pruned
-from fedspine_edge.commands.experiment import Scene, build_scene, global_model, last_state, save_state
+from fedspine_edge.commands.experiment import Scene, build_scene
 from fedspine_edge.commands.judgement import ModelFiles, judge_files
+from fedspine_edge.commands.run_state import global_model, last_state, save_state
 from fedspine_edge.commands.workers import Workers
 from fedspine_edge.hardware import MemoryWatch, this_machine, usable_cores
 from fedspine_edge.live import LiveView

@@ -6,21 +6,19 @@ meanwhile, so a server may die at any point and several may look after one run: 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from fedspine_edge.protocol import Assignment, Layout, pack, to_bytes
 from fedspine_server import coordinator
 from fedspine_server.closing import round_end
 from fedspine_server.link.answers import Answers, device_results, late_results
 from fedspine_server.link.hub import Hub
+from fedspine_server.link.offers import offer
 from fedspine_server.link.tables import (
     ACCEPTED,
     EXPIRED,
@@ -38,9 +36,6 @@ from fedspine_server.link.tables import (
 from fedspine_server.state import RunState, adapter_sha256
 
 logger = logging.getLogger(__name__)
-
-TENSOR_HEADER_BYTES = 256
-MESSAGE_HEADER_BYTES = 64 << 10
 
 
 class _OvertakenError(Exception):
@@ -100,7 +95,7 @@ def _open(hub: Hub, run: RunRow) -> bool:
     state = _with_present(hub.state(run.state_sha256), present)
     assignments, state = coordinator.assign(state)
     packed: dict[bytes, tuple[str, int]] = {}
-    tasks = [_task(hub, run, state, assignment, packed) for assignment in assignments]
+    tasks = [offer(hub, run, state, assignment, packed) for assignment in assignments]
     state_sha256 = hub.keep_state(state)
     with hub.database.write() as session:
         _commit(session, run, state_sha256=state_sha256, opened_at=hub.clock(), closing_at=None, detail="")
@@ -133,53 +128,6 @@ def _with_present(state: RunState, present: Sequence[DeviceRow]) -> RunState:
             state, device.device_id, num_examples=device.num_examples, memory_bytes=device.memory_bytes
         )
     return state
-
-
-def _task(
-    hub: Hub, run: RunRow, state: RunState, assignment: Assignment, packed: dict[bytes, tuple[str, int]]
-) -> TaskRow:
-    choice = state.open_choices[assignment.device_id]
-    message = to_bytes(shared(assignment))
-    if message not in packed:
-        frame = pack(message)
-        packed[message] = (hub.blobs.put(frame), len(frame))
-    sha256, num_bytes = packed[message]
-    deadline = choice.deadline_seconds
-    return TaskRow(
-        task_id=uuid.uuid4().hex,
-        run_id=run.run_id,
-        round_index=run.round_index,
-        device_id=assignment.device_id,
-        status=OFFERED,
-        attempt=0,
-        spec={
-            "pruning_ratio": assignment.pruning_ratio,
-            "rank": assignment.rank,
-            "num_steps": assignment.num_steps,
-            "seed": assignment.seed,
-            "deadline_seconds": None if deadline is None else deadline * state.settings.deadline_slack,
-            "message_bytes": len(message),
-        },
-        blob_sha256=sha256,
-        blob_bytes=num_bytes,
-        max_update_bytes=max_update_bytes(state.layout, assignment.rank),
-        created_at=hub.clock(),
-        lease_until=None,
-    )
-
-
-def shared(assignment: Assignment) -> Assignment:
-    """Returns an assignment without what is one device's own, so that devices with equal arrays share one blob."""
-    return dataclasses.replace(assignment, device_id="", pruning_ratio=0.0, num_steps=1, seed=0)
-
-
-def max_update_bytes(layout: Layout, rank: int) -> int:
-    """Returns the size of the largest update a layout allows at a rank."""
-    arrays = sum(2 * rank * (m.in_features + m.out_features) + 2 * m.in_features for m in layout.matrices)
-    arrays += sum(6 * group.num_members for group in layout.groups)
-    arrays += sum(4 * math.prod(shape) for _, shape in layout.task_head)
-    num_arrays = 3 * len(layout.matrices) + 2 * len(layout.groups) + len(layout.task_head)
-    return arrays + TENSOR_HEADER_BYTES * num_arrays + MESSAGE_HEADER_BYTES
 
 
 def _close(hub: Hub, run: RunRow) -> bool:
