@@ -15,7 +15,6 @@ what measuring the importance adds to a step, as often as a round does it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import json
 import statistics
@@ -181,21 +180,10 @@ def assert_agreement(ours: Trainee, peft: Trainee, batch: Any) -> None:
         assert abs(found - expected) <= 1e-4 * abs(expected), f"{when} a step: ours {found}, peft {expected}"
 
 
-def held_bytes() -> int:
-    """Returns what the C allocator has given out and not got back."""
-    counts = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-
-    class Mallinfo2(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in counts]
-
-    function = ctypes.CDLL(None).mallinfo2
-    function.restype = Mallinfo2
-    found = function()
-    return int(found.uordblks + found.hblkhd)
-
-
 def saved_bytes(trainee: Trainee, batch: Any) -> int:
     """Returns what a forward leaves allocated until the backward."""
+    from fedspine_edge.commands.plan import held_bytes
+
     trainee.step(batch)
     before = held_bytes()
     loss = trainee.loss(batch)

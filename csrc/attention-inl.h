@@ -19,22 +19,8 @@ constexpr float kLowest = -3.4e38f;  // Finite, so that its difference with itse
 
 // e^x for x of at most about 80, to 2 ulp; at least e^-87, which is as good as zero.
 FEDSPINE_INLINE V ExpOfNegative(V x) {
-  constexpr float kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f;
-  constexpr float kLn2Low = -2.12194440e-4f;
-  constexpr float kToInteger = 12582912.0f;
-  x = x < -87.0f ? Broadcast(-87.0f) : x;  // A NaN is not below.
-  const V shifted = x * kLog2E + kToInteger;
-  const V n = shifted - kToInteger;
-  const V r = x - n * kLn2High - n * kLn2Low;
-  V sum = r * (1.0f / 5040) + 1.0f / 720;
-  sum = sum * r + 1.0f / 120;
-  sum = sum * r + 1.0f / 24;
-  sum = sum * r + 1.0f / 6;
-  sum = sum * r + 0.5f;
-  sum = sum * (r * r) + r + 1.0f;
-  return sum * PowerOfTwo(reinterpret_cast<Bits>(shifted) -
-                          reinterpret_cast<Bits>(Broadcast(kToInteger)));
+  const SplitExp parts = ExpParts(x < -87.0f ? Broadcast(-87.0f) : x);  // A NaN is not below.
+  return parts.mantissa * PowerOfTwo(parts.exponent);
 }
 
 // The natural logarithm of one float: no call may leave this unit, and a panel has 32.

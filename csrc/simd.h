@@ -122,16 +122,18 @@ FEDSPINE_INLINE V PowerOfTwo(Bits exponent) {
   return reinterpret_cast<V>((reinterpret_cast<UnsignedBits>(exponent) + 127u) << 23);
 }
 
-// e^x to 2 ulp, denormal results to one more of their steps: 0 below -104, infinity above 89, NaN
-// of NaN. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is Taylor's polynomial of degree 7, whose rest
-// is below a tenth of an ulp.
-FEDSPINE_INLINE V Exp(V x) {
+// e^x as mantissa * 2^exponent, for x within +-2^21: x = n ln 2 + r with |r| <= ln 2 / 2; e^r is
+// Taylor's polynomial of degree 7, whose rest is below a tenth of an ulp.
+struct SplitExp {
+  V mantissa;
+  Bits exponent;
+};
+
+FEDSPINE_INLINE SplitExp ExpParts(V x) {
   constexpr float kLog2E = 1.44269504f;
   constexpr float kLn2High = 0.693359375f;  // Nine bits, so that its product with n is exact.
   constexpr float kLn2Low = -2.12194440e-4f;
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction bits.
-  x = x < -104.0f ? Broadcast(-104.0f) : x;  // A NaN is neither below nor above.
-  x = x > 89.0f ? Broadcast(89.0f) : x;
   const V shifted = x * kLog2E + kToInteger;
   const V n = shifted - kToInteger;
   const V r = x - n * kLn2High - n * kLn2Low;
@@ -141,11 +143,18 @@ FEDSPINE_INLINE V Exp(V x) {
   sum = sum * r + 1.0f / 6;
   sum = sum * r + 0.5f;
   sum = sum * (r * r) + r + 1.0f;
+  return {sum, reinterpret_cast<Bits>(shifted) - reinterpret_cast<Bits>(Broadcast(kToInteger))};
+}
+
+// e^x to 2 ulp, denormal results to one more of their steps: 0 below -104, infinity above 89, NaN
+// of NaN.
+FEDSPINE_INLINE V Exp(V x) {
+  x = x < -104.0f ? Broadcast(-104.0f) : x;  // A NaN is neither below nor above.
+  x = x > 89.0f ? Broadcast(89.0f) : x;
+  const SplitExp parts = ExpParts(x);
   // Two steps, because 2^n alone may be out of range where the product is not.
-  const Bits exponent =
-      reinterpret_cast<Bits>(shifted) - reinterpret_cast<Bits>(Broadcast(kToInteger));
-  const Bits half = exponent >> 1;
-  return sum * PowerOfTwo(half) * PowerOfTwo(exponent - half);
+  const Bits half = parts.exponent >> 1;
+  return parts.mantissa * PowerOfTwo(half) * PowerOfTwo(parts.exponent - half);
 }
 
 // Sum of the lanes, always in the same order.
