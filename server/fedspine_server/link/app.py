@@ -29,6 +29,7 @@ from fedspine_server.link.tables import OFFERED, RUNNING, RunRow, TaskRow
 logger = logging.getLogger(__name__)
 
 LONG_AGO = float("-inf")
+GATHER_SECONDS = 0.02  # results come in bursts: one look for all of them
 
 
 class Steward:
@@ -72,8 +73,8 @@ class Steward:
                 # A full disk or a lost database: everything stands where it stood, and the next tick tries again.
                 logger.exception("steward failed error=%s", type(error).__name__)
             self.beats += 1
-            if not moved:
-                self._hub.nudge.wait(self._hub.settings.tick_seconds)
+            if not moved and self._hub.nudge.wait(self._hub.settings.tick_seconds):
+                self._over.wait(GATHER_SECONDS)
 
     def tend(self) -> bool:
         """Does all that is due once; returns whether anything was."""

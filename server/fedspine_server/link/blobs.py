@@ -105,6 +105,11 @@ class BlobStore:
         if self._has(sha256, num_bytes):
             self.drop_upload(upload)
             return
+        first = self._uploads / upload / f"{0:06d}"
+        if self.num_chunks(upload) == 1 and first.stat().st_size == num_bytes and _sha256(first) == sha256:
+            self._name(first, sha256)
+            self.drop_upload(upload)
+            return
         digest, total = hashlib.sha256(), 0
         with self._new_file() as whole:
             for index in range(self.num_chunks(upload)):
@@ -148,11 +153,15 @@ class BlobStore:
             return False
 
     def _keep(self, file: tempfile._TemporaryFileWrapper[bytes], sha256: str) -> None:
-        folder = self._blobs / sha256[:2]
-        folder.mkdir(exist_ok=True)
         file.flush()
         os.fsync(file.fileno())
-        Path(file.name).replace(folder / sha256)
+        self._name(Path(file.name), sha256)
+
+    def _name(self, file: Path, sha256: str) -> None:
+        """Gives a file that is on the disk its place and name."""
+        folder = self._blobs / sha256[:2]
+        folder.mkdir(exist_ok=True)
+        file.replace(folder / sha256)
         descriptor = os.open(folder, os.O_RDONLY)  # the rename itself must survive a power cut
         try:
             os.fsync(descriptor)
@@ -172,3 +181,11 @@ class BlobStore:
                 f"cannot write below {self._blobs.parent}: {error.strerror or error}",
                 hint="free some space; nothing that was acknowledged is lost",
             ) from error
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(COPY_BYTES):
+            digest.update(part)
+    return digest.hexdigest()

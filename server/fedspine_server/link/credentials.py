@@ -23,6 +23,7 @@ OPERATOR, CLAIM = "operator", "claim"
 SECRET_BYTES = 32
 MAX_TOKEN_CHARACTERS = 256
 MAX_ADDRESSES = 10_000
+KNOWN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,34 @@ def principal_of(session: Session, token: str, *, now: float) -> Principal | Non
 def _credential(session: Session, token: str, kind: str, now: float) -> bool:
     row = session.get(CredentialRow, hashed(token))
     return row is not None and row.kind == kind and (row.expires_at is None or row.expires_at > now)
+
+
+class KnownTokens:
+    """Whose token it is, remembered for a moment: the calls of a round come close together.
+
+    What this process changes holds at once; what another one did, after `KNOWN_SECONDS`. No secret is kept, and only
+    tokens that are good, so there are never more entries than tokens.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[float, Principal]] = {}
+
+    def get(self, token: str, now: float) -> Principal | None:
+        """Returns whose token it is, None when that has to be looked up."""
+        known = self._known.get(_digest(token))
+        return known[1] if known is not None and now < known[0] else None
+
+    def put(self, token: str, principal: Principal, now: float) -> None:
+        """Remembers what was looked up."""
+        self._known[_digest(token)] = (now + KNOWN_SECONDS, principal)
+
+    def forget(self) -> None:
+        """Has every token looked up again."""
+        self._known = {}
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()
 
 
 class RateLimit:

@@ -5,8 +5,9 @@ Comes in: a URL. Goes out: sessions that read, and sessions that write everythin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, select
@@ -41,6 +42,8 @@ class Database:
         if self._lite:
             _prepare_sqlite(self._engine)
         self._writing = self._engine.execution_options(fedspine_writes=True)
+        # Threads that wait for SQLite's own lock poll it; here they sleep until it is theirs.
+        self._turn: AbstractContextManager[object] = threading.Lock() if self._lite else nullcontext()
         self._open()
 
     def _open(self) -> None:
@@ -68,7 +71,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[Session]:
         """Yields a session whose changes are all there after the block, or none when it raises."""
-        with Session(self._writing, expire_on_commit=False) as session, session.begin():
+        with self._turn, Session(self._writing, expire_on_commit=False) as session, session.begin():
             yield session
 
     def close(self) -> None:

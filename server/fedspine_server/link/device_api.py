@@ -40,13 +40,13 @@ Attempt = Annotated[int, Query(ge=1, le=1 << 31)]
 MAX_CHUNKS = 1 << 20
 
 
-def hub_of(request: Request) -> Hub:
+async def hub_of(request: Request) -> Hub:
     """Returns what this server process shares."""
     hub: Hub = request.app.state.hub
     return hub
 
 
-def enrolled_device(request: Request) -> Principal:
+async def enrolled_device(request: Request) -> Principal:
     """Returns the device that asks, accepted or not yet."""
     principal: Principal | None = request.state.principal
     if principal is None or principal.kind != "device":
@@ -54,7 +54,7 @@ def enrolled_device(request: Request) -> Principal:
     return principal
 
 
-def present_device(
+async def present_device(
     device: Annotated[Principal, Depends(enrolled_device)], boot: Annotated[str, Header(alias="X-Boot")]
 ) -> Principal:
     """Returns the device that asks, in the boot that said hello last."""
@@ -63,7 +63,7 @@ def present_device(
     return device
 
 
-def accepted_device(device: Annotated[Principal, Depends(present_device)]) -> Principal:
+async def accepted_device(device: Annotated[Principal, Depends(present_device)]) -> Principal:
     """Returns the device that asks, if the operator accepted it."""
     if device.status != ACCEPTED:
         raise HTTPException(403, f"device {device.device_id} is {device.status}: the operator has to accept it")

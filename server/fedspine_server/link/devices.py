@@ -97,6 +97,7 @@ def hello(hub: Hub, device_id: str, message: Hello) -> Welcome:
         device.last_seen_at = hub.clock()
         task = _in_hand(session, device_id, message.task)
         status = device.status
+    hub.tokens.forget()
     hub.nudge.set()
     return Welcome(
         link_version=version,
@@ -143,6 +144,7 @@ def set_status(hub: Hub, device_ids: list[str], status: str) -> None:
                 )
                 for task in session.scalars(open_tasks):
                     task.status = EXPIRED
+    hub.tokens.forget()
     hub.nudge.set()
     hub.bell.ring(device_ids)
 

@@ -60,11 +60,17 @@ class Gate:
         scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
         if scheme.lower() != "bearer" or not token.isascii():
             return None
-        return await asyncio.to_thread(self._look_up, token.strip())
+        token, now = token.strip(), self._hub.clock()
+        known = self._hub.tokens.get(token, now)
+        if known is None:
+            known = await asyncio.to_thread(self._look_up, token, now)
+            if known is not None:
+                self._hub.tokens.put(token, known, now)
+        return known
 
-    def _look_up(self, token: str) -> Principal | None:
+    def _look_up(self, token: str, now: float) -> Principal | None:
         with self._hub.database.read() as session:
-            return principal_of(session, token, now=self._hub.clock())
+            return principal_of(session, token, now=now)
 
     def _limit(self, path: str, principal: Principal | None) -> int:
         if principal is not None and principal.kind == "operator":

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from fedspine_server import store
 from fedspine_server.link.blobs import BlobStore
-from fedspine_server.link.credentials import RateLimit
+from fedspine_server.link.credentials import KnownTokens, RateLimit
 from fedspine_server.link.database import Database
 from fedspine_server.link.tables import EventRow
 from fedspine_server.state import RunState
@@ -108,6 +108,7 @@ class Hub:
         bell: Ends long polls.
         nudge: Set when a run may have something to do.
         enrollments: Limit on enrolments.
+        tokens: Whose tokens were seen a moment ago.
     """
 
     database: Database
@@ -118,6 +119,7 @@ class Hub:
     bell: Bell = field(default_factory=Bell)
     nudge: threading.Event = field(default_factory=threading.Event)
     enrollments: RateLimit = field(init=False)
+    tokens: KnownTokens = field(default_factory=KnownTokens)
 
     def __post_init__(self) -> None:
         self.enrollments = RateLimit(self.settings.enroll_tries, self.settings.enroll_seconds)

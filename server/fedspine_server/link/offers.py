@@ -30,13 +30,11 @@ def offer(
         assignment: What the device is asked.
         packed: Message -> hash and size of its blob, filled as messages are packed: equal ones are packed once.
     """
-    choice = state.open_choices[assignment.device_id]
     message = to_bytes(shared(assignment))
     if message not in packed:
         frame = pack(message)
         packed[message] = (hub.blobs.put(frame), len(frame))
     sha256, num_bytes = packed[message]
-    deadline = choice.deadline_seconds
     return TaskRow(
         task_id=uuid.uuid4().hex,
         run_id=run.run_id,
@@ -49,7 +47,7 @@ def offer(
             "rank": assignment.rank,
             "num_steps": assignment.num_steps,
             "seed": assignment.seed,
-            "deadline_seconds": None if deadline is None else deadline * state.settings.deadline_slack,
+            "deadline_seconds": task_deadline_seconds(state, assignment.device_id),
             "message_bytes": len(message),
         },
         blob_sha256=sha256,
@@ -58,6 +56,12 @@ def offer(
         created_at=hub.clock(),
         lease_until=None,
     )
+
+
+def task_deadline_seconds(state: RunState, device_id: str) -> float | None:
+    """Returns how long after its opening a round waits for a device, None when it waits for all."""
+    deadline = state.open_choices[device_id].deadline_seconds
+    return None if deadline is None else deadline * state.settings.deadline_slack
 
 
 def shared(assignment: Assignment) -> Assignment:

@@ -11,14 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from fedspine_server import coordinator
 from fedspine_server.closing import round_end
 from fedspine_server.link.answers import Answers, device_results, late_results
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.offers import offer
+from fedspine_server.link.offers import offer, task_deadline_seconds
 from fedspine_server.link.tables import (
     ACCEPTED,
     EXPIRED,
@@ -163,18 +163,23 @@ def _end(hub: Hub, run: RunRow, state: RunState) -> float | None:
     now = hub.clock()
     with hub.database.read() as session:
         own = (TaskRow.run_id == run.run_id, TaskRow.round_index == run.round_index)
-        tasks = session.execute(select(TaskRow.device_id, TaskRow.status, TaskRow.spec).where(*own)).all()
-        came = [row.received_at for row in _results(session, run) if row.fate == KEPT]
-    waiting = sum(status in (OFFERED, LEASED) for _, status, _ in tasks)
+        counts = session.execute(select(TaskRow.status, func.count()).where(*own).group_by(TaskRow.status)).all()
+        kept = (ResultRow.run_id == run.run_id, ResultRow.round_index == run.round_index, ResultRow.fate == KEPT)
+        came = session.scalars(select(ResultRow.received_at).where(*kept)).all()
+    waiting = sum(count for status, count in counts if status in (OFFERED, LEASED))
     if not waiting:
         return now
-    deadlines = [spec["deadline_seconds"] for _, _, spec in tasks if spec["deadline_seconds"] is not None]
-    limit = math.inf if run.options.get("timings") else min(deadlines, default=math.inf)
-    quorum = math.ceil(state.settings.min_quorum * len(tasks))
+    limit = math.inf if run.options.get("timings") else min(_deadlines(state), default=math.inf)
+    quorum = math.ceil(state.settings.min_quorum * sum(count for _, count in counts))
     arrivals = [at - run.opened_at for at in came]
     end = round_end(arrivals, num_waiting=waiting, limit=limit, quorum=quorum)
     end = run.opened_at + min(end, run.options["round_timeout_seconds"])
     return now if end <= now else None
+
+
+def _deadlines(state: RunState) -> list[float]:
+    each = (task_deadline_seconds(state, device_id) for device_id in state.open_choices)
+    return [seconds for seconds in each if seconds is not None]
 
 
 def _results(session: Session, run: RunRow) -> list[ResultRow]:
