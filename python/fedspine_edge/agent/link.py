@@ -183,7 +183,9 @@ class Link:
     def upload(self, task: Mapping[str, Any], path: Path) -> None:
         """Sends a file in chunks, going on where an earlier try broke off."""
         place, attempt, size = f"/v1/upload/{task['task_id']}", int(task["attempt"]), int(task["chunk_bytes"])
-        index = int(self._call("HEAD", f"{place}?attempt={attempt}", None)["x-chunks"])
+        index = 0  # a single chunk is sent again sooner than asked for
+        if path.stat().st_size > size:
+            index = int(self._call("HEAD", f"{place}?attempt={attempt}", None)["x-chunks"])
         with path.open("rb") as file:
             file.seek(index * size)
             while chunk := file.read(size):
