@@ -5,7 +5,8 @@
 #   make test-export              SmolLM2-135M pruned four ways in every runtime, and what is refused: minutes
 #   make test-profile             profiles and tuning steps of real and tiny models, sensors of six boards: minutes
 #   make test-arm                 the kernels on AArch64, cross compiled and emulated; as root it installs what it needs
-#   make test-faults              every process killed, every file cut short, full disks, wrong clocks: minutes
+#   make test-faults              every process killed, every file cut short, full disks, wrong clocks, nonsense sent: minutes
+#   make test-fuzz-nightly        the same nonsense, fifty times as much: half an hour
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -27,7 +28,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults lint bench clean
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -50,11 +51,16 @@ test-profile: $(VENV)/.installed $(VENV)/.dev
 test-arm: $(VENV)/.dev
 	sh tests/arm/run.sh
 
-# What a device may lie about and what a stranger may try needs no processes: the last two lines.
+# What a device may lie about and what a stranger may try needs no fleet: the last three lines.
 test-faults: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m faults tests/edge
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_rounds.py tests/server/test_link_damage.py
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_security.py tests/edge/test_agent.py
+	$(RUN) $(BIN)/python -m pytest -m faults tests/server/test_link_fuzz.py
+
+# 100,000 requests, as many frames and 5,000 rounds of a device that sends nonsense: half an hour.
+test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
+	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -m faults --durations=0 tests/server/test_link_fuzz.py
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
