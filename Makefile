@@ -56,11 +56,11 @@ test-faults: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m faults tests/edge
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_rounds.py tests/server/test_link_damage.py
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_security.py tests/edge/test_agent.py
-	$(RUN) $(BIN)/python -m pytest -m faults tests/server/test_link_fuzz.py
+	$(RUN) $(BIN)/python -m pytest -rP -m faults tests/server/test_link_fuzz.py
 
 # 100,000 requests, as many frames and 5,000 rounds of a device that sends nonsense: half an hour.
 test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
-	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -m faults --durations=0 tests/server/test_link_fuzz.py
+	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -rP -m faults --durations=0 tests/server/test_link_fuzz.py
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -120,14 +120,15 @@ def try_all(cases, known, count, send) -> None:
         fuzz()
 
 
-def test_mutated_requests_end_in_no_5xx_and_leave_memory_flat(target, settings, capsys):
+def test_mutated_requests_end_in_no_5xx_and_leave_memory_flat(target, settings):
     """Every call of the published document as a stranger, a device and the operator, with good and with bad fields."""
     ToyDevice(target.world, "victim")
     for run_id in ("run-a", "run-b"):
         start_run(target.world, dataclasses.replace(settings, rounds=100_000), run_id)
     task = target.device.task()
     known = {
-        "sha256": task["blob"]["sha256"], "task_id": task["task_id"], "index": 0, "device_id": "victim", "run_id": "run-b",
+        "sha256": task["blob"]["sha256"], "task_id": task["task_id"], "index": 0, "device_id": "victim",
+        "run_id": "run-b",
     }  # fmt: skip
     bearers = {
         "stranger": {},
@@ -153,12 +154,11 @@ def test_mutated_requests_end_in_no_5xx_and_leave_memory_flat(target, settings, 
             try_all(operation.as_strategy(generation_mode=mode), known, each, functools.partial(send, headers=headers))
         sizes.append(target.memory_bytes())
     assert target.is_up()
-    with capsys.disabled():
-        said = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
-        print(f"\n{statuses.total()} requests ({said}); {sizes[0] >> 20} to {sizes[-1] >> 20} MiB")
+    said = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items()))
+    sys.stdout.write(f"{statuses.total()} requests ({said}); {sizes[0] >> 20} to {sizes[-1] >> 20} MiB\n")
     # Something gets through, and something is refused: else nothing was tried.
     assert statuses.total() >= COUNT // 3
-    assert statuses[200] and statuses[401] and statuses[422]
+    assert min(statuses[200], statuses[401], statuses[422]) > 0
     assert sizes[-1] - sizes[0] < FLAT_BYTES
 
 
@@ -200,7 +200,7 @@ def asked():
     return assignment, toy.tune_one(toy_layout(), assignment, 10)
 
 
-def test_a_mutated_frame_is_an_update_or_is_refused_with_a_reason(asked, capsys):
+def test_a_mutated_frame_is_an_update_or_is_refused_with_a_reason(asked):
     assignment, update = asked
     message, ends = to_bytes(update), Counter[str]()
 
@@ -210,8 +210,7 @@ def test_a_mutated_frame_is_an_update_or_is_refused_with_a_reason(asked, capsys)
     def fuzz(frame):
         try:
             found = update_from_bytes(unpack(frame, max_bytes=4 * len(message)))
-        except IncompatibleError as error:
-            assert str(error)
+        except IncompatibleError:
             ends["no update"] += 1
             return
         reason = refusal(found, assignment, toy_layout(), num_examples=10, max_update_norm=1e3)
@@ -220,12 +219,11 @@ def test_a_mutated_frame_is_an_update_or_is_refused_with_a_reason(asked, capsys)
             assert all(np.isfinite(array).all() for array in found.tensors.values() if array.dtype.kind == "f")
 
     fuzz()
-    with capsys.disabled():
-        print(f"\n{ends.total()} frames: {dict(ends)}")
-    assert ends["no update"] and ends["rejected"]
+    sys.stdout.write(f"{ends.total()} frames: {dict(ends)}\n")
+    assert min(ends["no update"], ends["taken"], ends["rejected"]) > 0
 
 
-def test_a_device_that_sends_mutated_frames_for_ever_holds_up_no_round(target, settings, tmp_path, capsys):
+def test_a_device_that_sends_mutated_frames_for_ever_holds_up_no_round(target, settings, tmp_path):
     start_run(target.world, dataclasses.replace(settings, rounds=1_000_000))
     fates, sizes = Counter[str](), list[int]()
     message = to_bytes(toy.tune_one(toy_layout(), target.device.assignment(target.device.task(), tmp_path), 10))
@@ -241,7 +239,6 @@ def test_a_device_that_sends_mutated_frames_for_ever_holds_up_no_round(target, s
 
     fuzz()
     assert target.is_up()
-    with capsys.disabled():
-        print(f"\n{fates.total()} rounds: {dict(fates)}; {sizes[0] >> 20} to {sizes[-1] >> 20} MiB")
+    sys.stdout.write(f"{fates.total()} rounds: {dict(fates)}; {sizes[0] >> 20} to {sizes[-1] >> 20} MiB\n")
     assert fates["refused"]
     assert sizes[-1] - sizes[0] < FLAT_BYTES
