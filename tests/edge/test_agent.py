@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import socket
 import stat
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from boards import plant
 
 from fedspine_edge.agent import guards
-from fedspine_edge.agent.identity import Identity, fingerprint, load_identity, save_identity, split_token
+from fedspine_edge.agent.identity import Identity, IdentityError, fingerprint, load_identity, save_identity, split_token
 from fedspine_edge.agent.journal import Journal
 from fedspine_edge.agent.link import DismissedError, UnreachableError
 from fedspine_edge.agent.loop import LONGEST_BACKOFF_SECONDS, Agent
@@ -22,7 +23,7 @@ from fedspine_edge.agent.senses import Senses
 from fedspine_edge.agent.settings import AgentSettings, load_settings, save_settings
 from fedspine_edge.agent.tasks import checked_task
 from fedspine_edge.agent.worker_process import WorkerProcess
-from fedspine_edge.errors import IncompatibleError, LinkError, UsageError
+from fedspine_edge.errors import CheckpointError, IncompatibleError, LinkError, UsageError
 from fedspine_edge.systemd import Pulse, notify
 
 TASK = {
@@ -84,8 +85,18 @@ def test_the_identity_is_readable_by_its_owner_alone_and_comes_back(tmp_path):
     assert "secret" not in repr(identity)
     assert load_identity(tmp_path / "nowhere") is None
     (tmp_path / "identity.json").write_text("{")
-    with pytest.raises(LinkError, match="expected the identity of this device"):
+    with pytest.raises(IdentityError, match="expected the identity of this device"):
         load_identity(tmp_path)
+
+
+def test_an_agent_with_a_damaged_identity_says_what_to_do_and_stays_stopped(tmp_path):
+    (tmp_path / "identity.json").write_text('{"format": 1, "url": "https')
+    command = [sys.executable, "-m", "fedspine_edge.agent", str(tmp_path)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == IdentityError.exit_code
+    assert f"expected the identity of this device in {tmp_path / 'identity.json'}" in ended.stderr
+    assert "join again" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_a_token_carries_the_fingerprint_of_the_ca():
@@ -216,10 +227,45 @@ def test_ten_minutes_without_a_server_are_waited_out_less_often_each_time_and_at
     assert beats[0] >= 600  # systemd's watchdog is fed all the while
 
 
+class OneTask:
+    """A link that hands out one reply and keeps what is said of it."""
+
+    def __init__(self, reply):
+        self.reply, self.results = reply, []
+
+    def task(self, _seconds):
+        return self.reply
+
+    def result(self, task_id, manifest):
+        self.results.append((task_id, manifest))
+        return {"fate": "failed", "detail": None}
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"blob": None}, {"recipe": {"classes": "x"}}])
+def test_a_task_that_cannot_be_read_is_given_back_with_the_reason(tmp_path, change):
+    agent = Agent(tmp_path, Identity("http://127.0.0.1:1", "", "a", "s" * 43, enrolled=True), SETTINGS)
+    agent._welcome, agent._link = {"wait_seconds": 1.0}, OneTask({**TASK, **change})
+    agent._next()
+    ((task_id, manifest),) = agent._link.results
+    assert (task_id, manifest["attempt"]) == (TASK["task_id"], 1)
+    assert manifest["failure"].startswith("task not understood: expected")
+    assert Journal(tmp_path).task() is None
+
+
+def test_a_task_without_a_name_is_waited_out_like_a_server_that_is_away(tmp_path):
+    agent = Agent(tmp_path, Identity("http://127.0.0.1:1", "", "a", "s" * 43, enrolled=True), SETTINGS)
+    agent._welcome, agent._link = {"wait_seconds": 1.0}, OneTask({**TASK, "task_id": "../../etc"})
+    with pytest.raises(UnreachableError, match="do not understand each other"):
+        agent._next()
+    assert agent._link.results == []
+
+
 def test_systemd_leaves_a_dismissed_agent_stopped():
     unit = (Path(__file__).parents[2] / "systemd" / "fedspine-agent.service").read_text()
-    assert f"RestartPreventExitStatus={DismissedError.exit_code}\n" in unit
-    assert DismissedError.exit_code not in {LinkError.exit_code, UsageError.exit_code, IncompatibleError.exit_code}
+    (stopped,) = re.findall(r"^RestartPreventExitStatus=(.+)$", unit, re.MULTILINE)
+    stay = {int(code) for code in stopped.split()}
+    assert stay == {DismissedError.exit_code, IdentityError.exit_code, UsageError.exit_code}
+    assert not stay & {LinkError.exit_code, IncompatibleError.exit_code, CheckpointError.exit_code}
 
 
 def test_systemd_is_told_what_it_asked_for_and_only_by_a_loop_that_lives(tmp_path, monkeypatch):

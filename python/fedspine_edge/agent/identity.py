@@ -44,6 +44,12 @@ class Identity:
     enrolled: bool = False
 
 
+class IdentityError(LinkError):
+    """The file that says who this device is cannot be used: it stays stopped until it joins anew (exit code 7)."""
+
+    exit_code = 7
+
+
 def split_token(token: str) -> tuple[str, str]:
     """Returns a token's claim and the fingerprint of the CA it comes from.
 
@@ -92,7 +98,7 @@ def load_identity(state: Path) -> Identity | None:
     """Returns the identity kept in a directory, None when there is none.
 
     Raises:
-        LinkError: It is damaged or of another version.
+        IdentityError: It is damaged or of another version.
     """
     file = state / IDENTITY_FILE
     try:
@@ -103,7 +109,7 @@ def load_identity(state: Path) -> Identity | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LinkError(
+        raise IdentityError(
             f"expected the identity of this device in {file}, found: {error}",
             hint="revoke the device on the server and join again with another --name and --state",
         ) from error

@@ -20,7 +20,7 @@ from fedspine_edge.agent.journal import Journal
 from fedspine_edge.agent.link import DismissedError, Link, NotTakenError, UnreachableError
 from fedspine_edge.agent.senses import Senses, total_memory_bytes
 from fedspine_edge.agent.settings import AgentSettings
-from fedspine_edge.agent.tasks import checked_task
+from fedspine_edge.agent.tasks import checked_task, own_part
 from fedspine_edge.agent.worker_process import WorkerProcess
 from fedspine_edge.errors import CheckpointError, IncompatibleError, LinkError
 
@@ -130,13 +130,30 @@ class Agent:
             self._rest_worker()
             reply = self._link.task(float(self._welcome["wait_seconds"]))
             if reply is not None:
-                self._begin(checked_task(reply))
+                self._take(reply)
             return
         manifest = self._journal.result()
         if manifest is None:
             manifest = self._work(task)
         if manifest is not None:
             self._deliver(task, manifest)
+
+    def _take(self, reply: Mapping[str, Any]) -> None:
+        """Begins a task; one that this version cannot read is given back, so that the server hears why.
+
+        Raises:
+            UnreachableError: It cannot even be given back: ask again later, as of a server that is away.
+        """
+        try:
+            task = checked_task(reply)
+        except IncompatibleError as error:
+            try:
+                task = own_part(reply)
+            except IncompatibleError:
+                raise UnreachableError(f"{error}: agent and server do not understand each other") from error
+            self._deliver(task, self._failed(task, f"task not understood: {error}; upgrade the older side"))
+            return
+        self._begin(task)
 
     def _begin(self, task: Mapping[str, Any]) -> None:
         try:

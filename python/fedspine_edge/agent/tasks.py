@@ -52,6 +52,18 @@ def checked_task(reply: Mapping[str, Any]) -> dict[str, Any]:
     return task
 
 
+def own_part(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what names a task, enough to give it back.
+
+    Raises:
+        IncompatibleError: Not even that can be read.
+    """
+    try:
+        return {"task_id": _text(reply, "task_id", TASK_ID), "attempt": _count(reply, "attempt", 1 << 53)}
+    except (KeyError, TypeError) as error:
+        raise IncompatibleError(f"expected a task's id and attempt, found none of: {error}") from error
+
+
 def _text(fields: Mapping[str, Any], name: str, pattern: re.Pattern[str]) -> str:
     value = fields[name]
     if not isinstance(value, str) or not pattern.fullmatch(value):
