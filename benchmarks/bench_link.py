@@ -32,6 +32,7 @@ from light_devices import BASE, SECRET, Device, Seconds, names
 LIGHT_DEVICES = Path(__file__).with_name("light_devices.py")
 START_SECONDS, ROUNDS_SECONDS, SETTLE_SECONDS, IDLE_SECONDS = 60.0, 240.0, 15.0, 30.0
 PAYLOAD_FEATURES, PAYLOAD_RANK, PAYLOAD_TURNS = 960_000, 64, 3
+ENROL_TURNS = 3
 
 
 def small_layout() -> Any:
@@ -255,14 +256,44 @@ def idle_agent(folder: Path) -> dict[str, Any]:
             process.wait(START_SECONDS)
 
 
+def enrol_to_first_task(folder: Path) -> float:
+    """Seconds from a board's `join`, accepted at once, until it has its first task: real agent, worker, model and data."""
+    from fedspine_edge.agent.settings import AgentSettings
+    from fedspine_edge.commands.join import join
+    from fedspine_edge.commands.start_run import run_request
+
+    with served(folder / "server", []) as server:
+        operator, state = server.operator(), folder / "board"
+        request = run_request("encoder", name="run", timings=None)
+        request["options"]["min_devices"] = 1
+        operator.post("runs", request)
+        begin = time.monotonic()
+        join(server.url, server.token, state, AgentSettings(model="minilm-l6", data="trec6", threads=1), name="board")
+        operator.post("devices/board/accept")
+        process = subprocess.Popen([sys.executable, "-m", "fedspine_edge.agent", str(state)], stderr=subprocess.DEVNULL)
+        try:
+            while not operator.get("devices/board")["task"]:
+                alive = process.poll() is None and time.monotonic() - begin < START_SECONDS
+                assert alive, "the agent gets no task"
+                time.sleep(0.02)
+            return time.monotonic() - begin
+        finally:
+            process.terminate()
+            process.wait(START_SECONDS)
+
+
 def measured(options: argparse.Namespace) -> dict[str, Any]:
     from fedspine_edge.hardware import this_machine
 
     with tempfile.TemporaryDirectory(prefix="bench-link-") as name:
-        folders = {part: Path(name) / part for part in ("agent", "rounds", "idle", "payload")}
+        folders = {part: Path(name) / part for part in ("agent", "enrol", "rounds", "idle", "payload")}
         for folder in folders.values():
             folder.mkdir()
         agent = idle_agent(folders["agent"])
+        enrol = []
+        for turn in range(ENROL_TURNS):
+            (folders["enrol"] / str(turn)).mkdir()
+            enrol.append(enrol_to_first_task(folders["enrol"] / str(turn)))
         rounds = rounds_of(folders["rounds"], options.devices, options.rounds)
         idle = idle_devices(folders["idle"], options.idle)
         large = payload(folders["payload"])
@@ -270,6 +301,8 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         "machine": dataclasses.asdict(this_machine()),
         "idle_agent_bytes": agent["bytes"],
         "idle_agent_cpu_share": agent["cpu_share"],
+        "enrol_to_first_task_seconds": statistics.median(enrol),
+        "all_enrol_to_first_task_seconds": enrol,
         f"cpu_seconds_per_round_{options.devices}": rounds["cpu_seconds_per_round"],
         "p99_ms": rounds["p99_ms"],
         "payload_100mb_seconds": {"down": large["down"], "up": large["up"]},
