@@ -51,12 +51,14 @@ test-profile: $(VENV)/.installed $(VENV)/.dev
 test-arm: $(VENV)/.dev
 	sh tests/arm/run.sh
 
-# What a device may lie about and what a stranger may try needs no fleet: the last three lines.
+# What a device may lie about and what a stranger may try needs no fleet: all but the first line.
 test-faults: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m faults tests/edge
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_rounds.py tests/server/test_link_damage.py
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_security.py tests/edge/test_agent.py
 	$(RUN) $(BIN)/python -m pytest -rP -m faults tests/server/test_link_fuzz.py
+	sh tests/server/install_postgres.sh
+	$(RUN) $(BIN)/python -m pytest -m faults tests/server/test_link_postgres.py
 
 # 100,000 requests, as many frames and 5,000 rounds of a device that sends nonsense: half an hour.
 test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev

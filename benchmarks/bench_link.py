@@ -257,7 +257,7 @@ def idle_agent(folder: Path) -> dict[str, Any]:
 
 
 def enrol_to_first_task(folder: Path) -> float:
-    """Seconds from a board's `join`, accepted at once, until it has its first task: real agent, worker, model and data."""
+    """Seconds from a board's `join`, accepted at once, to its first task: real agent, worker, model and data."""
     from fedspine_edge.agent.settings import AgentSettings
     from fedspine_edge.commands.join import join
     from fedspine_edge.commands.start_run import run_request

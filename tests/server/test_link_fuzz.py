@@ -73,7 +73,7 @@ class Target:
         port = listener.getsockname()[1]
         self.log = folder / "server.log"
         with self.log.open("ab") as log:
-            command = [sys.executable, str(HERE / "fuzzed_server.py"), str(folder), str(listener.fileno())]
+            command = [sys.executable, str(HERE / "server_process.py"), str(folder), str(listener.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=log, stderr=log)
         listener.close()
         self.world = World(hub, f"http://127.0.0.1:{port}", operator, claim)

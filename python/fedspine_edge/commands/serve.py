@@ -133,7 +133,8 @@ def serve(directory: Path) -> None:
     server = _Server(config, hub)
     _watch(server, steward)
     try:
-        listener = socket.create_server((settings.host, settings.port), reuse_port=False)
+        # Over a database of its own, several processes may share the port: each takes some of the devices.
+        listener = socket.create_server((settings.host, settings.port), reuse_port=settings.database is not None)
     except OSError as error:
         raise LinkError(
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", hint="choose another --port"

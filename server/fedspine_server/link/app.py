@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy import select
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, SQLAlchemyError
 from starlette.types import ASGIApp
 
 from fedspine_edge.errors import CheckpointError, FedSpineError
@@ -43,6 +43,7 @@ class Steward:
         self._hub = hub
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="steward", daemon=True)
+        self._wheel = hub.database.wheel()
         self._swept_at = LONG_AGO
         self.beats = 0
         self.failed = False  # ended by an error that nobody foresaw
@@ -62,6 +63,7 @@ class Steward:
             self._look_after_runs()
         finally:
             self.failed = not self._over.is_set()
+            self._wheel.let_go()
 
     def _look_after_runs(self) -> None:
         while not self._over.is_set():
@@ -77,7 +79,14 @@ class Steward:
                 self._over.wait(GATHER_SECONDS)
 
     def tend(self) -> bool:
-        """Does all that is due once; returns whether anything was."""
+        """Does all that is due once; returns whether anything was. One process moves runs on, each wakes its polls."""
+        moved = self._drive() if self._wheel.held() else False
+        with self._hub.database.read() as session:
+            offered = session.scalars(select(TaskRow.device_id).where(TaskRow.status == OFFERED)).all()
+        self._hub.bell.ring(offered)
+        return moved
+
+    def _drive(self) -> bool:
         hub = self._hub
         with hub.database.read() as session:
             running = list(session.scalars(select(RunRow.run_id).where(RunRow.status == RUNNING)))
@@ -89,8 +98,6 @@ class Steward:
                 # One run's damage is not the others'.
                 if say_why(hub, run_id, str(error)):
                     logger.error("run stands run=%s reason=%s", run_id, error)
-        with hub.database.read() as session:
-            hub.bell.ring(session.scalars(select(TaskRow.device_id).where(TaskRow.status == OFFERED)).all())
         if hub.clock() - self._swept_at > hub.settings.sweep_seconds:
             self._swept_at = hub.clock()
             sweep(hub)
@@ -105,7 +112,7 @@ async def _say_what_is_wrong(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _say_that_it_cannot_be_kept(_: Request, error: Exception) -> JSONResponse:
-    """The database's disk is full, or its server away: the same call may succeed later."""
+    """The database's disk is full, its server away, or another process was quicker: the call may succeed later."""
     logger.error("database failed error=%s", error)
     return JSONResponse({"detail": "expected a database that can be written, found none now"}, status_code=507)
 
@@ -143,7 +150,8 @@ def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
     app.state.hub = hub
     app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     app.add_exception_handler(FedSpineError, _say_what_the_program_says)
-    app.add_exception_handler(OperationalError, _say_that_it_cannot_be_kept)
+    for unkept in (OperationalError, InterfaceError, IntegrityError):
+        app.add_exception_handler(unkept, _say_that_it_cannot_be_kept)
     app.include_router(device_api.router)
     app.include_router(operator_api.router)
     return Gate(app, hub)

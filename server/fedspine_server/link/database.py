@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, select
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event, select, text
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session
 
 from fedspine_edge.errors import LinkError
+from fedspine_server.link.driving import LOCK_KEY, FileWheel, SessionWheel, Wheel
 from fedspine_server.link.tables import SCHEMA_VERSION, SchemaRow, Table
 
 BUSY_SECONDS = 30.0
@@ -38,7 +40,13 @@ class Database:
             options["connect_args"] = {"timeout": BUSY_SECONDS, "check_same_thread": False}
         else:
             options["pool_pre_ping"] = True
-        self._engine = create_engine(url, **options)
+        try:
+            self._engine = create_engine(url, **options)
+        except (ArgumentError, ModuleNotFoundError) as error:
+            raise LinkError(
+                f"cannot use the database: {error}",
+                hint="sqlite:///FILE, or postgresql+psycopg://USER:PASSWORD@HOST/NAME with fedspine-edge[postgres]",
+            ) from error
         if self._lite:
             _prepare_sqlite(self._engine)
         self._writing = self._engine.execution_options(fedspine_writes=True)
@@ -49,6 +57,9 @@ class Database:
     def _open(self) -> None:
         try:
             with self._writing.begin() as connection:
+                if not self._lite:
+                    # Two processes that start at once would both make the tables.
+                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK_KEY + 1})
                 Table.metadata.create_all(connection)
                 found = connection.execute(select(SchemaRow.version)).scalar()
                 if found is None:
@@ -61,6 +72,12 @@ class Database:
                 f"database is of schema {found}, this server speaks {SCHEMA_VERSION}",
                 hint="start the fedspine version that made it",
             )
+
+    def wheel(self) -> Wheel:
+        """Returns what one process over this database holds at a time."""
+        if self._lite:
+            return FileWheel(Path(f"{self._engine.url.database}.driver"))
+        return SessionWheel(self._engine)
 
     @contextmanager
     def read(self) -> Iterator[Session]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, ForeignKey, Index, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA_VERSION = 2
@@ -29,7 +29,8 @@ KEPT, LATE, REFUSED = "kept", "late", "refused"
 class Table(DeclarativeBase):
     """The tables' common ancestor."""
 
-    type_annotation_map = {dict[str, Any]: JSON}  # noqa: RUF012 - SQLAlchemy reads it as it stands
+    # Bytes and seeds need 64 bits; SQLite's integers have them, and number its rows only under their plain name.
+    type_annotation_map = {dict[str, Any]: JSON, int: BigInteger().with_variant(Integer, "sqlite")}  # noqa: RUF012
 
 
 class SchemaRow(Table):

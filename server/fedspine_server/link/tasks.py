@@ -114,9 +114,9 @@ def _message(hub: Hub, task: TaskRow, run: RunRow) -> Task:
     )
 
 
-def own_task(session: Session, device_id: str, task_id: str) -> TaskRow:
-    """Returns a device's own task; raises HTTPException 404 for any other."""
-    task = session.get(TaskRow, task_id)
+def own_task(session: Session, device_id: str, task_id: str, *, lock: bool = False) -> TaskRow:
+    """Returns a device's own task, kept from others' changes if wanted; raises HTTPException 404 for any other."""
+    task = session.get(TaskRow, task_id, with_for_update=lock or None)
     if task is None or task.device_id != device_id:
         raise HTTPException(404, f"device {device_id} has no task {task_id}")
     return task
@@ -126,7 +126,7 @@ def progress(hub: Hub, device_id: str, task_id: str, message: Progress) -> Progr
     """Renews a lease and keeps what the sensors say; tells a device to stop when nobody waits for its work."""
     now = hub.clock()
     with hub.database.write() as session:
-        task = own_task(session, device_id, task_id)
+        task = own_task(session, device_id, task_id, lock=True)
         device = touch(hub, session, device_id)
         done = message.model_dump(exclude={"sample", "attempt"}) | {"round_index": task.round_index}
         device.sample = {**message.sample.model_dump(), **done, "at": now}
@@ -170,10 +170,8 @@ def result(hub: Hub, device_id: str, task_id: str, message: TaskResult) -> Resul
         max_bytes = task.max_update_bytes
     refused = _malformed(hub, message, upload_name(task_id, message.attempt), max_bytes) if message.sha256 else None
     with hub.database.write() as session:
-        known = session.get(ResultRow, (task_id, message.attempt))
-        if known is None:
-            known = _decide(hub, session, task_id, message, refused)
-        reply = ResultReply(fate=known.fate, detail=known.detail)
+        row = _decide(hub, session, task_id, message, refused)
+        reply = ResultReply(fate=row.fate, detail=row.detail)
     hub.nudge.set()
     return reply
 
@@ -193,8 +191,13 @@ def _malformed(hub: Hub, message: TaskResult, upload: str, max_bytes: int) -> st
 
 
 def _decide(hub: Hub, session: Session, task_id: str, message: TaskResult, refused: str | None) -> ResultRow:
+    # First the run, as a closing does: no round may close between this look at it and the commit.
+    own_run = select(TaskRow.run_id).where(TaskRow.task_id == task_id).scalar_subquery()
+    run = session.scalars(select(RunRow).where(RunRow.run_id == own_run).with_for_update(read=True)).one()
     task = session.scalars(select(TaskRow).where(TaskRow.task_id == task_id).with_for_update()).one()
-    run = session.get_one(RunRow, task.run_id)
+    known = session.get(ResultRow, (task_id, message.attempt))
+    if known is not None:
+        return known
     closed = run.round_index - task.round_index + (run.closing_at is not None)
     fate, detail, staleness = LATE if closed else KEPT, message.failure, max(0, closed)
     if task.status not in OPEN:

@@ -1,0 +1,19 @@
+"""A server process that tests watch from outside: server_process.py DIRECTORY SOCKET [DATABASE]"""
+
+import logging
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from link_world import QUICK
+
+from fedspine_server.link.app import create_app
+from fedspine_server.link.hub import open_hub
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    directory, descriptor, *database = sys.argv[1:]
+    hub = open_hub(Path(directory), database=database[0] if database else None, settings=QUICK)
+    config = uvicorn.Config(create_app(hub), log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
+    uvicorn.Server(config).run([socket.socket(fileno=int(descriptor))])
