@@ -1,4 +1,4 @@
-"""A round as pure functions: init, register, leave, assign, close_round, record_accuracy.
+"""A round as pure functions: init, register, leave, enlist, assign, close_round, record_accuracy.
 
 Comes in: settings, a layout, who is there, and what came back of a round. Goes out: the next state. Clock, randomness
 and network are arguments, so the simulated fleet, a deployed server, resume and tests run the same code.
@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,11 +31,13 @@ from fedspine_server.state import DeviceState, RunState, adapter_sha256, weight_
 __all__ = [
     "DeviceResult",
     "LateResult",
+    "Participant",
     "RunSettings",
     "RunState",
     "adapter_sha256",
     "assign",
     "close_round",
+    "enlist",
     "init",
     "leave",
     "record_accuracy",
@@ -83,17 +85,41 @@ def init(settings: RunSettings, layout: Layout, task_head: Mapping[str, np.ndarr
     )
 
 
-def register(state: RunState, device_id: str, *, num_examples: int, memory_bytes: int) -> RunState:
-    """Returns the state with a device taking part from the next round on; one that comes back keeps its past.
+@dataclasses.dataclass(frozen=True)
+class Participant:
+    """A device that is there.
+
+    Attributes:
+        device_id: Which device.
+        num_examples: Examples it trains on.
+        memory_bytes: Its memory limit.
+    """
+
+    device_id: str
+    num_examples: int
+    memory_bytes: int
+
+
+def enlist(state: RunState, present: Iterable[Participant]) -> RunState:
+    """Returns the state in which just these devices take part; one that comes back keeps its past.
 
     Raises:
-        ValueError: No examples.
+        ValueError: A device without examples.
     """
-    if num_examples < 1:
-        raise ValueError(f"device {device_id} must have at least 1 example, found {num_examples}")
-    known = state.devices.get(device_id, DeviceState(device_id, num_examples, memory_bytes))
-    device = dataclasses.replace(known, num_examples=num_examples, memory_bytes=memory_bytes, active=True)
-    return dataclasses.replace(state, devices={**state.devices, device_id: device})
+    devices = {name: dataclasses.replace(d, active=False) if d.active else d for name, d in state.devices.items()}
+    for one in present:
+        if one.num_examples < 1:
+            raise ValueError(f"device {one.device_id} must have at least 1 example, found {one.num_examples}")
+        facts = {"num_examples": one.num_examples, "memory_bytes": one.memory_bytes}
+        known = devices.get(one.device_id) or DeviceState(one.device_id, **facts)
+        devices[one.device_id] = dataclasses.replace(known, **facts, active=True)
+    return dataclasses.replace(state, devices=devices)
+
+
+def register(state: RunState, device_id: str, *, num_examples: int, memory_bytes: int) -> RunState:
+    """Returns the state with one more device taking part from the next round on; raises as `enlist` does."""
+    active = [Participant(d.device_id, d.num_examples, d.memory_bytes) for d in state.devices.values() if d.active]
+    return enlist(state, [*active, Participant(device_id, num_examples, memory_bytes)])
 
 
 def leave(state: RunState, device_id: str) -> RunState:

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
 from fedspine_server.closing import round_end
-from fedspine_server.coordinator import assign, close_round, leave, record_accuracy, register
+from fedspine_server.coordinator import Participant, assign, close_round, enlist, record_accuracy
 from fedspine_server.device_models import (
     Conditions,
     DeviceSpec,
@@ -98,15 +98,9 @@ def _run_round(
 
 
 def _with_present(state: RunState, specs: Sequence[DeviceSpec]) -> RunState:
-    """Registers who has joined and lets go who has left by this round."""
-    for spec in specs:
-        known = state.devices.get(spec.device_id)
-        active, present = known is not None and known.active, spec.present(state.round_index)
-        if present and not active:
-            state = register(state, spec.device_id, num_examples=spec.num_examples, memory_bytes=spec.memory_bytes)
-        elif active and not present:
-            state = leave(state, spec.device_id)
-    return state
+    """Registers who has joined and lets go who has left by this round; what is known of a device stays."""
+    here = [spec for spec in specs if spec.present(state.round_index)]
+    return enlist(state, (Participant(spec.device_id, spec.num_examples, spec.memory_bytes) for spec in here))
 
 
 def _trip(spec: DeviceSpec, assignment: Assignment, fleet: FleetSettings) -> _Trip:

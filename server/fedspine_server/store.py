@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -194,10 +195,13 @@ def _from_blob(blob: bytes, where: Path | str) -> RunState:
 
 def _from_document(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> RunState:
     layout = Layout.from_json(document["layout"])
-    devices = {}
-    for index, entry in enumerate(document["devices"]):
-        kept = _named(arrays, f"kept/{index}/")
-        devices[entry["device_id"]] = DeviceState(**entry, kept=kept)
+    kept: dict[int, dict[str, np.ndarray]] = defaultdict(dict)
+    for name, members in _named(arrays, "kept/").items():
+        index, group = name.split("/", 1)
+        kept[int(index)][group] = members
+    devices = {
+        entry["device_id"]: DeviceState(**entry, kept=kept[index]) for index, entry in enumerate(document["devices"])
+    }
     lora_a, lora_b = _named(arrays, "lora_a/"), _named(arrays, "lora_b/")
     choices = [Choice(**entry) for entry in document["open_choices"]]
     return RunState(

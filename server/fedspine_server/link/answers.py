@@ -27,6 +27,7 @@ from fedspine_edge.protocol import (
 from fedspine_server.lateness import LateResult
 from fedspine_server.link.blobs import BlobStore
 from fedspine_server.link.tables import FAILED, KEPT, ResultRow, TaskRow
+from fedspine_server.recorded import with_recorded_seconds
 from fedspine_server.results import DeviceResult
 
 
@@ -60,10 +61,7 @@ def device_results(answers: Answers, blobs: BlobStore) -> tuple[list[DeviceResul
     results = list(found.values())
     if answers.timings is None:
         return results, answers.closing_at - answers.opened_at
-    record = answers.timings[answers.round_index]
-    by_device = {device["device_id"]: device for device in record["devices"]}
-    timed = [_recorded(result, by_device.get(result.device_id)) for result in results]
-    return timed, record["virtual_end_seconds"] - record["virtual_start_seconds"]
+    return with_recorded_seconds(results, answers.timings[answers.round_index])
 
 
 def late_results(
@@ -128,15 +126,3 @@ def read_update(blobs: BlobStore, sha256: str) -> Update | None:
         return update_from_bytes(unpack(blobs.read(sha256), max_bytes=MAX_MESSAGE_BYTES))
     except (CheckpointError, IncompatibleError, KeyError):
         return None
-
-
-def _recorded(result: DeviceResult, record: Mapping[str, Any] | None) -> DeviceResult:
-    if record is None or result.arrival == "dropped" or record["state"] in ("dropped", "away"):
-        detail = result.detail or "not in the recording"
-        return dataclasses.replace(result, arrival="dropped", update=None, detail=detail)
-    return dataclasses.replace(
-        result,
-        arrival="late" if record["state"] == "late" else "arrived",
-        **{name: record[name] for name in ("compute_seconds", "download_seconds", "upload_seconds", "waiting_seconds")},
-        **{name: record[name] for name in ("board", "power_mode")},
-    )

@@ -92,7 +92,10 @@ def _open(hub: Hub, run: RunRow) -> bool:
     if len(present) < run.options["min_devices"]:
         _say(hub, run, f"waiting for {run.options['min_devices']} devices with this base model, found {len(present)}")
         return False
-    state = _with_present(hub.state(run.state_sha256), present)
+    state = coordinator.enlist(
+        hub.state(run.state_sha256),
+        (coordinator.Participant(d.device_id, d.num_examples, d.memory_bytes) for d in present),
+    )
     assignments, state = coordinator.assign(state)
     packed: dict[bytes, tuple[str, int]] = {}
     tasks = [offer(hub, run, state, assignment, packed) for assignment in assignments]
@@ -116,18 +119,6 @@ def _present(hub: Hub, run: RunRow) -> list[DeviceRow]:
     ]
     with hub.database.read() as session:
         return list(session.scalars(select(DeviceRow).where(*fit).order_by(DeviceRow.device_id)))
-
-
-def _with_present(state: RunState, present: Sequence[DeviceRow]) -> RunState:
-    here = {device.device_id for device in present}
-    for device_id, known in state.devices.items():
-        if known.active and device_id not in here:
-            state = coordinator.leave(state, device_id)
-    for device in present:
-        state = coordinator.register(
-            state, device.device_id, num_examples=device.num_examples, memory_bytes=device.memory_bytes
-        )
-    return state
 
 
 def _close(hub: Hub, run: RunRow) -> bool:
