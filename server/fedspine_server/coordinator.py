@@ -110,9 +110,10 @@ def enlist(state: RunState, present: Iterable[Participant]) -> RunState:
     for one in present:
         if one.num_examples < 1:
             raise ValueError(f"device {one.device_id} must have at least 1 example, found {one.num_examples}")
-        facts = {"num_examples": one.num_examples, "memory_bytes": one.memory_bytes}
-        known = devices.get(one.device_id) or DeviceState(one.device_id, **facts)
-        devices[one.device_id] = dataclasses.replace(known, **facts, active=True)
+        known = devices.get(one.device_id) or DeviceState(one.device_id, one.num_examples, one.memory_bytes)
+        devices[one.device_id] = dataclasses.replace(
+            known, num_examples=one.num_examples, memory_bytes=one.memory_bytes, active=True
+        )
     return dataclasses.replace(state, devices=devices)
 
 

@@ -16,16 +16,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
-from fedspine_edge.protocol import (
-    MAX_MESSAGE_BYTES,
-    Assignment,
-    Update,
-    assignment_from_bytes,
-    unpack,
-    update_from_bytes,
-)
+from fedspine_edge.protocol import Assignment, Update, assignment_from_bytes, unpack
 from fedspine_server.lateness import LateResult
 from fedspine_server.link.blobs import BlobStore
+from fedspine_server.link.spooled import spooled_update
 from fedspine_server.link.tables import FAILED, KEPT, ResultRow, TaskRow
 from fedspine_server.recorded import with_recorded_seconds
 from fedspine_server.results import DeviceResult
@@ -70,7 +64,7 @@ def late_results(
     """Returns answers to earlier rounds with what was asked then; one that cannot be read any more is left out."""
     found = []
     for row, task in rows:
-        update = read_update(blobs, row.blob_sha256) if row.blob_sha256 else None
+        update = spooled_update(blobs, row.blob_sha256) if row.blob_sha256 else None
         assignment = _asked(task, blobs)
         if update is not None and assignment is not None:
             found.append(LateResult(assignment, _with_update(row, update, facts.get(row.device_id, {}), "late")))
@@ -95,7 +89,7 @@ def _measured(row: ResultRow, answers: Answers, blobs: BlobStore) -> DeviceResul
             row.device_id, "dropped", detail=said + (row.detail or ""), board=board, power_mode=power_mode
         )
     waiting_seconds = max(0.0, answers.closing_at - row.received_at)
-    result = _with_update(row, read_update(blobs, row.blob_sha256), facts, "arrived")
+    result = _with_update(row, spooled_update(blobs, row.blob_sha256), facts, "arrived")
     return dataclasses.replace(result, waiting_seconds=waiting_seconds)
 
 
@@ -118,11 +112,3 @@ def _seconds(update: Update | None) -> float:
     """What a device says its work took; whether it may say so is for admission, but nothing else goes on record."""
     value = update.report.compute_seconds if update else 0.0
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
-
-
-def read_update(blobs: BlobStore, sha256: str) -> Update | None:
-    """Returns a kept update; None for one that cannot be read any more, which then counts as missing."""
-    try:
-        return update_from_bytes(unpack(blobs.read(sha256), max_bytes=MAX_MESSAGE_BYTES))
-    except (CheckpointError, IncompatibleError, KeyError):
-        return None
