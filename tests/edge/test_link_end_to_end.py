@@ -110,3 +110,27 @@ def test_three_real_devices_make_the_simulated_fleets_adapter_to_the_bit(toml, f
     assert exported["top1_agreement"] == 1.0
     devices = fedspine("devices", "ls", *operator, cwd=tmp_path)
     assert all(device["facts"]["cores"] >= 1 and device["facts"]["memory_bytes"] > 0 for device in devices)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_gives_its_model_so_far_and_goes_on_when_resumed(toml, fleet, tmp_path):
+    told, folder = fleet
+    long = tmp_path / "long.toml"
+    long.write_text(toml.read_text().replace("rounds = 3", "rounds = 500"))
+    operator = ("--operator", told["operator_file"], "--json")
+
+    def show():
+        return fedspine("runs", "show", "long", *operator, cwd=tmp_path)
+
+    fedspine("runs", "start", long, *operator, cwd=tmp_path)
+    waited(show, lambda run: run["round_index"] >= 1, folder)
+    fedspine("runs", "stop", "long", *operator, cwd=tmp_path)
+    stopped = show()
+    assert stopped["status"] == "stopped"
+    fetched = fedspine("runs", "fetch", "long", "--out", "fetched", *operator, cwd=tmp_path)
+    assert 1 <= fetched["rounds_done"] == stopped["round_index"] < fetched["rounds"] == 500
+    assert fetched["adapter_sha256"] == stopped["adapter_sha256"]
+    assert (tmp_path / "fetched" / PRUNED[0]).is_file()
+    fedspine("runs", "resume", "long", *operator, cwd=tmp_path)
+    waited(show, lambda run: run["round_index"] > stopped["round_index"], folder)
+    fedspine("runs", "stop", "long", *operator, cwd=tmp_path)
