@@ -98,32 +98,43 @@ def kept_members(update: Update | Assignment, layout: Layout) -> dict[str, np.nd
 
 
 def contribution(layout: Layout, matrix: Matrix, update: Update, weight: float) -> Contribution:
-    """Returns an update's factors of one matrix at full size, zero where the device kept nothing."""
+    """Returns an update's part in one matrix; its factors are looked up when they are read."""
     rows, columns = kept_features(layout, matrix, kept_members(update, layout))
-    trained_a = update.tensors[f"lora_a/{matrix.name}"].astype(np.float64)
-    trained_b = update.tensors[f"lora_b/{matrix.name}"].astype(np.float64)
-    lora_a, keep_in = trained_a, None
-    if columns is not None:
-        lora_a, keep_in = np.zeros((len(trained_a), matrix.in_features)), np.zeros(matrix.in_features, dtype=bool)
-        lora_a[:, columns], keep_in[columns] = trained_a, True
-    lora_b, keep_out = trained_b, None
-    if rows is not None:
-        lora_b = np.zeros((matrix.out_features, trained_b.shape[1]))
-        keep_out = np.zeros(matrix.out_features, dtype=bool)
-        lora_b[rows], keep_out[rows] = trained_b, True
-    return Contribution(update.device_id, weight, lora_a, lora_b, keep_out, keep_in)
+
+    def read() -> tuple[np.ndarray, np.ndarray]:
+        lora_a = update.tensors[f"lora_a/{matrix.name}"].astype(np.float64)
+        lora_b = update.tensors[f"lora_b/{matrix.name}"].astype(np.float64)
+        if columns is not None:
+            trained_a, lora_a = lora_a, np.zeros((len(lora_a), matrix.in_features))
+            lora_a[:, columns] = trained_a
+        if rows is not None:
+            trained_b, lora_b = lora_b, np.zeros((matrix.out_features, lora_b.shape[1]))
+            lora_b[rows] = trained_b
+        return lora_a, lora_b
+
+    keep_out, keep_in = _mask(rows, matrix.out_features), _mask(columns, matrix.in_features)
+    return Contribution(update.device_id, weight, update.rank, read, keep_out, keep_in)
+
+
+def _mask(kept: np.ndarray | None, features: int) -> np.ndarray | None:
+    if kept is None:
+        return None
+    mask = np.zeros(features, dtype=bool)
+    mask[kept] = True
+    return mask
 
 
 def change_norm(layout: Layout, assignment: Assignment, update: Update) -> float:
     """Returns the Frobenius norm of what a device changed: scaling * (B A - assigned B A) at what it kept."""
     total = 0.0
     for matrix in layout.matrices:
-        begin = contribution(layout, matrix, as_update(assignment, update), 1.0)
+        begin_a, begin_b = contribution(layout, matrix, as_update(assignment, update), 1.0).read()
         end = contribution(layout, matrix, update, 1.0)
-        begin_a = begin.lora_a if end.keep_in is None else begin.lora_a * end.keep_in
-        begin_b = begin.lora_b if end.keep_out is None else begin.lora_b * end.keep_out[:, None]
-        lora_b = np.concatenate([end.lora_b, -begin_b], axis=1)
-        lora_a = np.concatenate([end.lora_a, begin_a], axis=0)
+        end_a, end_b = end.read()
+        begin_a = begin_a if end.keep_in is None else begin_a * end.keep_in
+        begin_b = begin_b if end.keep_out is None else begin_b * end.keep_out[:, None]
+        lora_b = np.concatenate([end_b, -begin_b], axis=1)
+        lora_a = np.concatenate([end_a, begin_a], axis=0)
         total += float(np.sum((lora_b.T @ lora_b) * (lora_a @ lora_a.T)))
     return assignment.scaling * float(np.sqrt(max(0.0, total)))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
@@ -26,6 +27,7 @@ from fedspine_server.device_models import (
     make_specs,
 )
 from fedspine_server.results import DeviceResult
+from fedspine_server.spool import Spool
 from fedspine_server.state import RunState
 
 __all__ = ["DeviceSpec", "FleetSettings", "make_specs", "run_fleet"]
@@ -55,6 +57,7 @@ def run_fleet(
     on_event: Callable[[Event], None] = lambda event: None,
     eval_every: int = 1,
     fleet: FleetSettings = FleetSettings(),  # noqa: B008 - frozen
+    spool_folder: Path | None = None,
 ) -> RunState:
     """Returns the state after the run's last round; goes on from `state.round_index`, so resume is load and run.
 
@@ -67,15 +70,21 @@ def run_fleet(
         on_event: Called with a dict of kind `round_start`, `device` or `round_end`; changes nothing.
         eval_every: Rounds between two evaluations; the last round is always evaluated.
         fleet: The world the devices live in.
+        spool_folder: Where updates wait for the end of their round; the system's temporary directory when None.
     """
     while state.round_index < state.settings.rounds:
-        state = _run_round(state, specs, tune, fleet, on_event)
+        with Spool(spool_folder) as spool:
+            state = _run_round(state, specs, _spooled(tune, spool), fleet, on_event)
         last = state.round_index == state.settings.rounds
         if evaluate is not None and (last or state.round_index % eval_every == 0):
             state = record_accuracy(state, evaluate(state))
         save(state)
         on_event({"kind": "round_end", "record": state.history[-1]})
     return state
+
+
+def _spooled(tune: Tune, spool: Spool) -> Tune:
+    return lambda assignments: (spool.keep(update) for update in tune(assignments))
 
 
 def _run_round(

@@ -1,8 +1,9 @@
 """Admitted updates -> the next global adapter, task head, importances and mean inputs.
 
 Comes in: the state a round began with and the updates that were admitted. Goes out: the state with the server's arrays
-moved on, matrix by matrix. Updates are taken in the order of their device_id, so the order of arrival changes nothing;
-one of an earlier round weighs less.
+moved on, matrix by matrix, so that of updates which wait on disk (`spool`) little more than two arrays are in memory.
+Updates are taken in the order of their device_id, so the order of arrival changes nothing; one of an earlier round
+weighs less.
 
 Source: docs/algorithm.md, section 8.
 """
@@ -12,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from fedspine_edge.protocol import Matrix, Update
 from fedspine_server.aggregation import AGGREGATIONS, Factors, RoundFacts
-from fedspine_server.aggregation.averages import moved_towards, on_scale_of, weighted_mean
+from fedspine_server.aggregation.averages import moved_towards, on_scale_of, trimmed_mean, weighted_mean
+from fedspine_server.aggregation.robust import MEDIAN, clipped
 from fedspine_server.arms import in_cooldown
 from fedspine_server.assignments import contribution
 from fedspine_server.lateness import staleness_weight
@@ -33,7 +35,7 @@ def merge(state: RunState, updates: Sequence[Update]) -> RunState:
     ordered = sorted(updates, key=lambda update: update.device_id)
     weights = [_weight(state, update) for update in ordered]
     task_head = {
-        name: weighted_mean([update.tensors[f"task_head/{name}"] for update in ordered], weights).astype(np.float32)
+        name: _middle(state, (update.tensors[f"task_head/{name}"] for update in ordered), weights).astype(np.float32)
         for name in state.task_head
     }
     return dataclasses.replace(
@@ -62,8 +64,9 @@ def _adapter(state: RunState, updates: Sequence[Update], weights: Sequence[float
         parts = [contribution(layout, matrix, u, weight) for u, weight in zip(updates, weights, strict=True)]
         generator = np.random.default_rng([settings.seed, state.round_index + 1, zlib.crc32(matrix.name.encode())])
         # In cool-down all devices keep the same members, so what none of them kept is gone for good.
-        facts = RoundFacts(in_cooldown(settings, state.round_index), generator)
-        return rule(state.adapter[matrix.name], parts, facts)
+        facts = RoundFacts(in_cooldown(settings, state.round_index), generator, settings.trim_share)
+        old = state.adapter[matrix.name]
+        return rule(old, clipped(old, parts, settings.clip_factor) if settings.clip_factor else parts, facts)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         return dict(zip((m.name for m in layout.matrices), pool.map(merged, layout.matrices), strict=True))
@@ -81,11 +84,19 @@ def _importance(state: RunState, updates: Sequence[Update], weights: Sequence[fl
     return result
 
 
+def _middle(state: RunState, values: Iterable[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """What is no LoRA factor, over the devices: their mean, or what a robust rule makes of it."""
+    share = {"median": MEDIAN, "trimmed-mean": state.settings.trim_share}.get(state.settings.aggregation)
+    if share is None:
+        return weighted_mean(values, weights)
+    return trimmed_mean(np.stack([value.astype(np.float32) for value in values]), share)
+
+
 def _moved(
     state: RunState, old: np.ndarray, measured: Sequence[np.ndarray | None], weights: Sequence[float]
 ) -> np.ndarray:
     pairs = [(values, weight) for values, weight in zip(measured, weights, strict=True) if values is not None]
     if not pairs:
         return old
-    fresh = weighted_mean([values for values, _ in pairs], [weight for _, weight in pairs])
+    fresh = _middle(state, [values for values, _ in pairs], [weight for _, weight in pairs])
     return moved_towards(old, fresh, state.settings.importance_gain)

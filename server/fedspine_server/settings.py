@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CONTROLLER_NAMES = ("structured", "sucb", "fixed")
-AGGREGATION_NAMES = ("spine", "hetlora", "fedavg")
+AGGREGATION_NAMES = ("spine", "hetlora", "flexlora", "flora", "fedavg", "trimmed-mean", "median")
 MASK_MODES = ("uniform", "per-layer")
 EXAMPLE_WEIGHTS = ("examples", "sqrt-examples", "equal")
 ACTIVE_MASKS_SHARE = 0.7  # share of the rounds in which a pruned member may come back
@@ -40,6 +40,8 @@ class RunSettings:
         controller_options: Options of that controller, e.g. `{"mode": "paper"}` for `sucb`.
         fixed_rank: Rank of the `fixed` controller; one of `ranks`.
         aggregation: How updates become the global adapter; a key of `aggregation.AGGREGATIONS`.
+        trim_share: Share of the devices that aggregation `trimmed-mean` leaves out at either end, entry by entry.
+        clip_factor: A device that moved a matrix farther than this times the median device is drawn back; 0 for none.
         example_weights: Weight of a device: its `examples`, their square root (steadier when shards are very
             unequal) or `equal`.
         mask_agreement: Share of the server's importance in a device's ranking of members (rho); 1 in cool-down.
@@ -68,6 +70,8 @@ class RunSettings:
     controller_options: Mapping[str, Any] = field(default_factory=dict)
     fixed_rank: int = 8
     aggregation: str = "spine"
+    trim_share: float = 0.25
+    clip_factor: float = 0.0
     example_weights: str = "examples"
     mask_agreement: float = 0.7
     mask_mode: str = "uniform"
@@ -127,6 +131,10 @@ def _check_counts(settings: RunSettings) -> None:
     for name in ("learning_rate", "scaling", "max_update_norm"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"{name} must be positive, found {getattr(settings, name)}")
+    if settings.clip_factor < 0:
+        raise ValueError(f"clip_factor must not be negative, found {settings.clip_factor}")
+    if not 0 <= settings.trim_share < 0.5:
+        raise ValueError(f"trim_share must be at least 0 and below 0.5, found {settings.trim_share}")
     if settings.deadline_slack < 1:
         raise ValueError(f"deadline_slack must be at least 1, found {settings.deadline_slack}")
 

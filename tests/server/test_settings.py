@@ -40,7 +40,10 @@ def test_a_run_of_one_round_has_the_first_learning_rate():
         ({"target_sparsity": 0.8}, "target_sparsity 0.8 is above max_pruning_ratio 0.7"),
         ({"warmup_fraction": 0.6, "cooldown_fraction": 0.6}, "leave no rounds to prune in"),
         ({"controller": "lucky"}, "controller must be one of structured, sucb, fixed, found lucky"),
-        ({"aggregation": "sum"}, "aggregation must be one of spine, hetlora, fedavg, found sum"),
+        (
+            {"aggregation": "sum"},
+            "aggregation must be one of spine, hetlora, flexlora, flora, fedavg, trimmed-mean, median, found sum",
+        ),
         ({"mask_mode": "random"}, "mask_mode must be one of uniform, per-layer, found random"),
         ({"aggregation": "fedavg"}, "fedavg averages equal ranks only: use controller fixed"),
     ],

@@ -90,7 +90,17 @@ def tune_one(model: Layout, assignment: Assignment, num_examples: int) -> Update
             tensors[f"mean_input/{matrix.name}"] = mean.astype(np.float16)
     tensors |= {f"importance/{name}": values.astype(np.float16) for name, values in importance.items()}
     tensors["task_head/classifier.bias"] = assignment.tensors["task_head/classifier.bias"] + np.float32(0.01)
-    report = DeviceReport(num_examples, assignment.num_steps, before, after, 0.5, 1 << 20)
+    return answer(assignment, tensors, num_examples=num_examples, losses=(before, after))
+
+
+def answer(
+    assignment: Assignment,
+    tensors: dict[str, np.ndarray],
+    *,
+    num_examples: int = 10,
+    losses: tuple[float, float] = (1.0, 0.5),
+) -> Update:
+    """What a device returns that did exactly as it was asked."""
     return Update(
         run_id=assignment.run_id,
         device_id=assignment.device_id,
@@ -98,7 +108,7 @@ def tune_one(model: Layout, assignment: Assignment, num_examples: int) -> Update
         base_sha256=assignment.base_sha256,
         pruning_ratio=assignment.pruning_ratio,
         rank=assignment.rank,
-        report=report,
+        report=DeviceReport(num_examples, assignment.num_steps, *losses, 0.5, 1 << 20),
         tensors=tensors,
     )
 

@@ -116,6 +116,7 @@ def _federate(
         on_event=live.handle,
         eval_every=scene.experiment.validate_every,
         fleet=scene.fleet.world(scene.experiment.seed),
+        spool_folder=run_dir,
     )
     save(state)
     final = global_model(state, pruning_ratio=settings.target_sparsity)

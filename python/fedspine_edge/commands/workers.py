@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,9 +153,13 @@ class Workers:
 
 
 def _results(futures: list[Future]) -> Iterator:  # type: ignore[type-arg]
+    waiting = set(futures)
+    futures.clear()  # a future holds its result: who has been yielded is let go
     try:
-        for future in as_completed(futures):
-            yield future.result()
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            while done:
+                yield done.pop().result()
     except BrokenProcessPool as error:
         raise MemoryLimitError(
             "a worker process died in the middle of a round, most likely for want of memory",

@@ -8,23 +8,43 @@ Source: docs/algorithm.md, sections 4 (mean compensation) and 8 (mask agreement)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 
-def weighted_mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+def weighted_mean(values: Iterable[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """Returns the weighted mean, NaN where no device measured, float64 of the values' shape.
 
     Args:
-        values: One array a device, equal shapes; NaN entries are skipped.
+        values: One array a device, equal shapes, at least one; taken one after the other. NaN entries are skipped.
         weights: One positive weight a device.
     """
-    total, mass = np.zeros(values[0].shape), np.zeros(values[0].shape)
+    total: np.ndarray | float = 0.0
+    mass: np.ndarray | float = 0.0
     for value, weight in zip(values, weights, strict=True):
         measured = ~np.isnan(value)
-        total += np.where(measured, weight * np.nan_to_num(value.astype(np.float64)), 0.0)
-        mass += np.where(measured, weight, 0.0)
+        total = total + np.where(measured, weight * np.nan_to_num(value.astype(np.float64)), 0.0)
+        mass = mass + np.where(measured, weight, 0.0)
+    seen = np.asarray(mass) > 0
+    return np.where(seen, total / np.where(seen, mass, 1.0), np.nan)
+
+
+def trimmed_mean(values: np.ndarray, share: float) -> np.ndarray:
+    """Returns the mean over the first axis without a share of the values at either end; NaN where all are NaN.
+
+    Args:
+        values: float [devices, ...]; NaN entries are skipped. Sorted in place.
+        share: Left out below and above, 0..0.5; at 0.5 one or two values are left, the median.
+    """
+    values.sort(axis=0)  # NaN last
+    count = np.count_nonzero(~np.isnan(values), axis=0)
+    cut = np.minimum((share * count + 1e-9).astype(np.int64), np.maximum(count - 1, 0) // 2)
+    total, mass = np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
+    for index, value in enumerate(values):
+        inside = (index >= cut) & (index < count - cut)
+        total += np.where(inside, value, 0.0)
+        mass += inside
     return np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), np.nan)
 
 

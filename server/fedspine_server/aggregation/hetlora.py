@@ -18,7 +18,7 @@ from fedspine_server.aggregation.contribution import Contribution, Factors, Roun
 
 def aggregate(old: Factors, contributions: Sequence[Contribution], facts: RoundFacts) -> Factors:
     """Returns the new global factors; devices count in proportion to the Frobenius norm of B_i A_i."""
-    norms = [product_norm(contribution.lora_b, contribution.lora_a) for contribution in contributions]
+    norms = [product_norm(*contribution.read()[::-1]) for contribution in contributions]
     return average_factors(old, contributions, norms if sum(norms) > 0 else [1.0] * len(norms), facts)
 
 
@@ -38,20 +38,14 @@ def average_factors(
         weights: Weight of each contribution.
         facts: Coverage rule.
     """
-    old_a, old_b = old.lora_a.astype(np.float64), old.lora_b.astype(np.float64)
+    old_a, old_b = old.wide()
     highest = max(contribution.rank for contribution in contributions)
     lora_a, lora_b = old_a.copy(), old_b.copy()
     lora_a[:highest], lora_b[:, :highest] = 0.0, 0.0
     pairs = zip(contributions, weights, strict=True)
     for contribution, weight in sorted(pairs, key=lambda pair: pair[0].device_id):
         share, rank = weight / sum(weights), contribution.rank
-        keep_in, keep_out = contribution.keep_in, contribution.keep_out
-        own_a = contribution.lora_a if keep_in is None else np.where(keep_in, contribution.lora_a, old_a[:rank])
-        own_b = (
-            contribution.lora_b
-            if keep_out is None
-            else np.where(keep_out[:, None], contribution.lora_b, old_b[:, :rank])
-        )
+        own_a, own_b = contribution.read_over(old_a, old_b)
         lora_a[:rank] += share * own_a
         lora_b[:, :rank] += share * own_b
     if facts.drop_uncovered:

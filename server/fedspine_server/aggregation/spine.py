@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedspine_server.aggregation.contribution import Contribution, Factors, RoundFacts, covered
-from fedspine_server.aggregation.low_rank import best_factors
+from fedspine_server.aggregation.contribution import Contribution, Factors, RoundFacts, in_order, remaining
+from fedspine_server.aggregation.low_rank import LongSum, best_factors
 
 
 def aggregate(old: Factors, contributions: Sequence[Contribution], facts: RoundFacts) -> Factors:
@@ -33,38 +33,43 @@ def aggregate(old: Factors, contributions: Sequence[Contribution], facts: RoundF
         contributions: What was merged, in any order; at least one.
         facts: Coverage rule and randomness.
     """
-    ordered = sorted(contributions, key=lambda contribution: contribution.device_id)
-    old_a, old_b = old.lora_a.astype(np.float64), old.lora_b.astype(np.float64)
-    if facts.drop_uncovered:
-        old_a *= covered(ordered, "in", old_a.shape[1])
-        old_b *= covered(ordered, "out", old_b.shape[0])[:, None]
-    if all(contribution.keep_in is None for contribution in ordered):
-        shares = _shares([c.keep_out for c in ordered], ordered, (old_b.shape[0], old_b.shape[1]))
-        b_parts = [c.lora_b * share for c, share in zip(ordered, shares[:-1], strict=True)]
-        b_stack, a_stack = [*b_parts, old_b * shares[-1]], [*(c.lora_a for c in ordered), old_a]
-    elif all(contribution.keep_out is None for contribution in ordered):
-        shares = _shares([c.keep_in for c in ordered], ordered, (old_a.shape[1], old_a.shape[0]))
-        a_parts = [c.lora_a * share.T for c, share in zip(ordered, shares[:-1], strict=True)]
-        b_stack, a_stack = [*(c.lora_b for c in ordered), old_b], [*a_parts, old_a * shares[-1].T]
-    else:
+    ordered = in_order(contributions)
+    old_a, old_b = remaining(old, ordered, facts)
+    shape, rank = (old_b.shape[0], old_a.shape[1]), old_a.shape[0]
+    if any(c.keep_out is not None for c in ordered) and any(c.keep_in is not None for c in ordered):
         product = _dense_product(old_a, old_b, ordered)
-        b_stack, a_stack = [product], [np.eye(product.shape[1])]
-    rank = old_a.shape[0]
-    return best_factors(np.concatenate(b_stack, axis=1), np.concatenate(a_stack, axis=0), rank, facts.generator)
+        return best_factors(product, None, rank, facts.generator)
+    total = LongSum(shape, rank + sum(contribution.rank for contribution in ordered))
+    if any(c.keep_in is not None for c in ordered):
+        mass = _mass([c.keep_in for c in ordered], ordered, (shape[1], rank))
+        for c in ordered:
+            lora_a, lora_b = c.read()
+            total.add(lora_b, lora_a * _share(c, c.keep_in, mass).T)
+        total.add(old_b, old_a * (mass == 0).T)
+    else:
+        mass = _mass([c.keep_out for c in ordered], ordered, (shape[0], rank))
+        for c in ordered:
+            lora_a, lora_b = c.read()
+            total.add(lora_b * _share(c, c.keep_out, mass), lora_a)
+        total.add(old_b * (mass == 0), old_a)
+    return total.best(rank, facts.generator)
 
 
-def _shares(
+def _mass(
     keeps: Sequence[np.ndarray | None], contributions: Sequence[Contribution], shape: tuple[int, int]
-) -> list[np.ndarray]:
-    """Returns each device's share of each (feature, component) it has, [features, r_i], and last the old factors'."""
-    weights = [np.zeros((shape[0], contribution.rank)) for contribution in contributions]
+) -> np.ndarray:
+    """Returns the weight of all devices that cover each (feature, component), [features, r_max]."""
     total = np.zeros(shape)
-    for weight, keep, contribution in zip(weights, keeps, contributions, strict=True):
-        weight[slice(None) if keep is None else keep] = contribution.weight
-        total[:, : contribution.rank] += weight
-    divisor = np.where(total > 0, total, 1.0)
-    shares = [weight / divisor[:, : weight.shape[1]] for weight in weights]
-    return [*shares, np.asarray(total == 0, dtype=np.float64)]
+    for keep, contribution in zip(keeps, contributions, strict=True):
+        total[slice(None) if keep is None else keep, : contribution.rank] += contribution.weight
+    return total
+
+
+def _share(contribution: Contribution, keep: np.ndarray | None, mass: np.ndarray) -> np.ndarray:
+    """Returns a device's share of each (feature, component) it has, [features, r_i]."""
+    own = np.full(mass.shape[0], contribution.weight) if keep is None else np.where(keep, contribution.weight, 0.0)
+    mass = mass[:, : contribution.rank]
+    return np.asarray(own[:, None] / np.where(mass > 0, mass, 1.0))
 
 
 def _dense_product(old_a: np.ndarray, old_b: np.ndarray, contributions: Sequence[Contribution]) -> np.ndarray:
@@ -74,7 +79,8 @@ def _dense_product(old_a: np.ndarray, old_b: np.ndarray, contributions: Sequence
     for end in sorted({*(contribution.rank for contribution in contributions), old_a.shape[0]}):
         part, total = np.zeros_like(result), np.zeros_like(result)
         for c in (c for c in contributions if c.rank >= end):
-            part += c.weight * (c.lora_b[:, begin:end] @ c.lora_a[begin:end])
+            lora_a, lora_b = c.read()
+            part += c.weight * (lora_b[:, begin:end] @ lora_a[begin:end])
             rows = np.ones(result.shape[0]) if c.keep_out is None else c.keep_out.astype(np.float64)
             columns = np.ones(result.shape[1]) if c.keep_in is None else c.keep_in.astype(np.float64)
             total += c.weight * np.outer(rows, columns)

@@ -16,13 +16,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
-from fedspine_edge.protocol import Assignment, Update, assignment_from_bytes, unpack
+from fedspine_edge.protocol import (
+    MAX_MESSAGE_BYTES,
+    Assignment,
+    Update,
+    assignment_from_bytes,
+    unpack,
+)
 from fedspine_server.lateness import LateResult
 from fedspine_server.link.blobs import BlobStore
-from fedspine_server.link.spooled import spooled_update
 from fedspine_server.link.tables import FAILED, KEPT, ResultRow, TaskRow
 from fedspine_server.recorded import with_recorded_seconds
 from fedspine_server.results import DeviceResult
+from fedspine_server.spool import Spool
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,12 @@ class Answers:
     timings: Sequence[Mapping[str, Any]] | None
 
 
-def device_results(answers: Answers, blobs: BlobStore) -> tuple[list[DeviceResult], float]:
+def device_results(answers: Answers, blobs: BlobStore, spool: Spool) -> tuple[list[DeviceResult], float]:
     """Returns one result a device that said anything, and the length of the round in seconds."""
     found: dict[str, DeviceResult] = {}
     for row in answers.rows:
         if row.device_id not in found or found[row.device_id].arrival == "dropped":
-            found[row.device_id] = _measured(row, answers, blobs)
+            found[row.device_id] = _measured(row, answers, blobs, spool)
     results = list(found.values())
     if answers.timings is None:
         return results, answers.closing_at - answers.opened_at
@@ -59,12 +65,15 @@ def device_results(answers: Answers, blobs: BlobStore) -> tuple[list[DeviceResul
 
 
 def late_results(
-    rows: Sequence[tuple[ResultRow, TaskRow]], facts: Mapping[str, Mapping[str, Any]], blobs: BlobStore
+    rows: Sequence[tuple[ResultRow, TaskRow]],
+    facts: Mapping[str, Mapping[str, Any]],
+    blobs: BlobStore,
+    spool: Spool,
 ) -> list[LateResult]:
     """Returns answers to earlier rounds with what was asked then; one that cannot be read any more is left out."""
     found = []
     for row, task in rows:
-        update = spooled_update(blobs, row.blob_sha256) if row.blob_sha256 else None
+        update = read_update(blobs, row.blob_sha256, spool) if row.blob_sha256 else None
         assignment = _asked(task, blobs)
         if update is not None and assignment is not None:
             found.append(LateResult(assignment, _with_update(row, update, facts.get(row.device_id, {}), "late")))
@@ -80,7 +89,7 @@ def _asked(task: TaskRow, blobs: BlobStore) -> Assignment | None:
         return None
 
 
-def _measured(row: ResultRow, answers: Answers, blobs: BlobStore) -> DeviceResult:
+def _measured(row: ResultRow, answers: Answers, blobs: BlobStore, spool: Spool) -> DeviceResult:
     facts = answers.facts.get(row.device_id, {})
     board, power_mode = facts.get("board") or "", facts.get("power_mode") or ""
     if row.fate != KEPT or row.blob_sha256 is None:
@@ -89,7 +98,7 @@ def _measured(row: ResultRow, answers: Answers, blobs: BlobStore) -> DeviceResul
             row.device_id, "dropped", detail=said + (row.detail or ""), board=board, power_mode=power_mode
         )
     waiting_seconds = max(0.0, answers.closing_at - row.received_at)
-    result = _with_update(row, spooled_update(blobs, row.blob_sha256), facts, "arrived")
+    result = _with_update(row, read_update(blobs, row.blob_sha256, spool), facts, "arrived")
     return dataclasses.replace(result, waiting_seconds=waiting_seconds)
 
 
@@ -112,3 +121,19 @@ def _seconds(update: Update | None) -> float:
     """What a device says its work took; whether it may say so is for admission, but nothing else goes on record."""
     value = update.report.compute_seconds if update else 0.0
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+
+
+def read_update(blobs: BlobStore, sha256: str, spool: Spool) -> Update | None:
+    """Returns a kept update, its arrays in the spool; None where it cannot be read any more: then it counts as missing.
+
+    Raises:
+        CheckpointError: The disk is full.
+    """
+    try:
+        message = unpack(blobs.read(sha256), max_bytes=MAX_MESSAGE_BYTES)
+    except (CheckpointError, IncompatibleError, KeyError):
+        return None
+    try:
+        return spool.keep_message(message)
+    except IncompatibleError:
+        return None

@@ -35,6 +35,11 @@ class BlobStore:
         for folder in (self._blobs, self._uploads):
             folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def scratch(self) -> Path:
+        """Where temporary folders may be made; what a killed process leaves there is swept."""
+        return self._uploads
+
     def path(self, sha256: str) -> Path:
         """Returns where a blob lies; raises KeyError for a name that is no SHA-256 or that nothing has."""
         if not SHA256.fullmatch(sha256):

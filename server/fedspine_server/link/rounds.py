@@ -33,6 +33,7 @@ from fedspine_server.link.tables import (
     RunRow,
     TaskRow,
 )
+from fedspine_server.spool import Spool
 from fedspine_server.state import RunState, adapter_sha256
 
 logger = logging.getLogger(__name__)
@@ -139,11 +140,11 @@ def _close(hub: Hub, run: RunRow) -> bool:
         facts = {device.device_id: device.facts for device in session.scalars(select(DeviceRow))}
         # Recorded seconds are those of a fleet that had no late updates to merge.
         late_rows = [] if run.options.get("timings") else _late(session, run)
-    results, round_seconds = device_results(
-        Answers(rows, facts, run.opened_at, run.closing_at, run.round_index, run.options.get("timings")), hub.blobs
-    )
-    late = late_results(late_rows, facts, hub.blobs)
-    state = coordinator.close_round(state, results, round_seconds=round_seconds, late=late)
+    answers = Answers(rows, facts, run.opened_at, run.closing_at, run.round_index, run.options.get("timings"))
+    with Spool(hub.blobs.scratch) as spool:
+        results, round_seconds = device_results(answers, hub.blobs, spool)
+        late = late_results(late_rows, facts, hub.blobs, spool)
+        state = coordinator.close_round(state, results, round_seconds=round_seconds, late=late)
     _keep(hub, run, state, [row.task_id for row, _ in late_rows])
     return True
 
