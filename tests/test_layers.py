@@ -25,10 +25,11 @@ EDGE_ORDER = [
     ["export"],
     ["profiling"],
     ["agent"],
+    ["flower_client"],
     ["report"],
     ["live"],
     ["commands"],
-    ["cli_model", "cli_profile", "cli_link"],
+    ["cli_model", "cli_profile", "cli_link", "cli_flower"],
     ["cli"],
 ]
 SERVER_MAY_IMPORT = {"fedspine_edge.protocol", "fedspine_edge.errors"}

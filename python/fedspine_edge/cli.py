@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fedspine_edge.cli_flower import commands as flower_commands
 from fedspine_edge.cli_link import commands as link_commands
 from fedspine_edge.cli_model import commands as model_commands
 from fedspine_edge.cli_profile import commands as profile_commands
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(model_commands)
 app.add_typer(profile_commands)
 app.add_typer(link_commands)
+app.add_typer(flower_commands)
 
 
 @app.callback()

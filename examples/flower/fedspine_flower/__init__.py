@@ -1,0 +1,1 @@
+"""The two apps that Flower starts."""

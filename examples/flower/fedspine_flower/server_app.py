@@ -1,0 +1,5 @@
+"""What SuperLink runs."""
+
+from fedspine_server.flower_server import app
+
+__all__ = ["app"]
