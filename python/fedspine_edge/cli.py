@@ -54,6 +54,8 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME when not given.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     workers: Annotated[int | None, typer.Option(help="Devices trained at once; all cores when not given.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Who does the devices' rounds: processes or ray.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster; one is started here when not given.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
 ) -> None:
@@ -62,7 +64,8 @@ def simulate(
     from fedspine_edge.commands import experiment as run
     from fedspine_edge.commands import simulate as command
 
-    overrides = run.Overrides(model, data, devices, rounds, seed, controller, sparsity, dense_reference, law)
+    table = (model, data, devices, rounds, seed, controller, sparsity, dense_reference, law, engine, ray_address)
+    overrides = run.Overrides(*table)
     run_dir = run.prepare(experiment, overrides, out=out, resume=resume)
     try:
         summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)

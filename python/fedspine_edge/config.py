@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -43,6 +43,8 @@ class Experiment:
         dense_reference: Whether the same run is also made unpruned, to compare with.
         quantizations: GGUF formats to export; none for an encoder.
         seed: Seed of the split, the shards, the fleet and the run.
+        engine: What does the devices' rounds: `processes` on this machine, or `ray`. The result is the same.
+        ray_address: A running Ray cluster; empty starts one on this machine.
         run: Settings of the rounds.
         fleet: The devices of a simulated or emulated fleet.
         link: With real devices: `classes` where the server has no data, and how rounds are held.
@@ -58,6 +60,8 @@ class Experiment:
     dense_reference: bool = True
     quantizations: tuple[str, ...] = ("F16", "Q8_0")
     seed: int = 0
+    engine: Literal["processes", "ray"] = "processes"
+    ray_address: str = ""
     run: dict[str, Any] = field(default_factory=dict)
     fleet: dict[str, Any] = field(default_factory=dict)
     link: dict[str, Any] = field(default_factory=dict)

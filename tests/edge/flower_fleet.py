@@ -23,7 +23,7 @@ from fedspine_server.device_models import make_specs
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = [sys.executable, "-c", "from fedspine_edge.cli import main; main()"]
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 def free_port() -> int:
@@ -131,7 +131,7 @@ class FlowerFleet:
 
     def call(self, *command: Any) -> None:
         done = subprocess.run(
-            [*map(str, command)], env=self._environment, capture_output=True, text=True, check=False, timeout=120
+            [*map(str, command)], env=self._environment, capture_output=True, text=True, check=False, timeout=300
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -139,11 +139,11 @@ class FlowerFleet:
         file = self.run_directory / "rounds.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def await_rounds(self, count: int, seconds: float = 120.0) -> list[dict[str, Any]]:
+    def await_rounds(self, count: int, seconds: float = 300.0) -> list[dict[str, Any]]:
         waited(lambda: len(self.rounds()) >= count, f"{count} rounds", seconds, self.folder)
         return self.rounds()
 
-    def summary(self, seconds: float = 120.0, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    def summary(self, seconds: float = 300.0, tick: Callable[[], None] = lambda: None) -> dict[str, Any]:
         file = self.run_directory / "summary.json"
 
         def over() -> bool:

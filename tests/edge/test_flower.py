@@ -28,7 +28,7 @@ def simulated(toml):
     out = toml.parent / "sim"
     subprocess.run(
         [*PROGRAM, "simulate", str(toml), "--out", str(out), "--json", "--workers", "1"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True, timeout=400,
     )  # fmt: skip
     return out
 

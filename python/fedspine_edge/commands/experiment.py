@@ -48,6 +48,8 @@ class Overrides:
     sparsity: float | None = None
     dense_reference: bool | None = None
     law: Path | None = None
+    engine: str | None = None
+    ray_address: str | None = None
 
 
 def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, resume: Path | None) -> Path:
@@ -112,7 +114,7 @@ def write_experiment(run_dir: Path, preset: str, table: Mapping[str, Any]) -> No
 def _with_overrides(table: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
     run, fleet = dict(table.get("run", {})), dict(table.get("fleet", {}))
     top = {"model": overrides.model, "data": overrides.data, "seed": overrides.seed}
-    top |= {"dense_reference": overrides.dense_reference}
+    top |= {name: getattr(overrides, name) for name in ("dense_reference", "engine", "ray_address")}
     inner = {"rounds": overrides.rounds, "controller": overrides.controller, "target_sparsity": overrides.sparsity}
     run |= {key: value for key, value in inner.items() if value is not None}
     if overrides.devices is not None:
