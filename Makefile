@@ -7,6 +7,7 @@
 #   make test-arm                 the kernels on AArch64, cross compiled and emulated; as root it installs what it needs
 #   make test-faults              every process killed, every file cut short, full disks, wrong clocks, nonsense sent: minutes
 #   make test-fuzz-nightly        the same nonsense, fifty times as much: half an hour
+#   make test-engines             the same rounds in process, over HTTPS, over Flower and on Ray: one adapter, four costs
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -18,6 +19,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 WHEELS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/fedspine-edge/wheels
 VENV := .venv
+ENGINES := .venv-engines
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := install --no-deps --require-hashes
@@ -28,7 +30,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly lint bench clean
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly lint bench clean test-engines
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -64,6 +66,10 @@ test-faults: $(VENV)/.installed $(VENV)/.dev
 test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
 	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -rP -m faults --durations=0 tests/server/test_link_fuzz.py
 
+test-engines: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
+	$(RUN) $(BIN)/python -m pytest -rP --durations=0 tests/edge/test_engines.py
+	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_ray.py
+
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -77,7 +83,7 @@ bench: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) $(BIN)/python benchmarks/bench_link.py --json benchmarks/results/link.json
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(ENGINES) build dist
 
 # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -104,6 +110,15 @@ $(LLAMA_BUILT): | $(VENV)/.tools
 $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.packages $(LLAMA_BUILT)
 	$(PIP) install --force-reinstall --no-deps $(WHEELS)/llama_cpp_python-$(LLAMA)-*.whl
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Flower pins older releases of what run.txt has newer, so its programs live in an environment of their own, which sees
+# this source tree. Python 3.11 or newer.
+$(ENGINES)/.installed: requirements/flower.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip --quiet --disable-pip-version-check $(LOCKED) -r requirements/flower.txt
+	printf '%s\n' '$(CURDIR)/python' '$(CURDIR)/server' > \
+	  "$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fedspine.pth"
 	@touch $@
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.packages

@@ -49,6 +49,7 @@ class FlowerFleet:
         self.run_directory = folder / "run"
         self.port = free_port()
         self._processes: dict[str, psutil.Process] = {}
+        self._started: list[subprocess.Popen[bytes]] = []
         self._slow_down = slow_down or {}
         self._environment = {
             **os.environ,
@@ -162,6 +163,7 @@ class FlowerFleet:
             process = subprocess.Popen(
                 [*map(str, command)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment
             )
+        self._started.append(process)
         self._processes[name] = psutil.Process(process.pid)
 
     def kill(self, name: str) -> None:
@@ -179,6 +181,8 @@ class FlowerFleet:
                 _end(root, signal.SIGTERM)
                 psutil.wait_procs([root], timeout=10)
             self.kill(name)
+        for process in self._started:
+            process.wait(START_SECONDS)
 
 
 def _alive(process: psutil.Process) -> bool:

@@ -127,7 +127,7 @@ def test_timing_learns_the_seconds_of_a_step_and_a_byte():
     state = timing.init()
     for _ in range(6):
         state = timing.observe(state, [outcome("a", step_seconds=2.0, byte_seconds=3e-4)])
-    step, byte = timing.seconds_of(state, "a")
+    step, byte = timing.seconds_of(state, ["a"])[0]
     assert step * timing.work(state, np.array([0.2]), np.array([8]))[0] == pytest.approx(2.0, rel=0.02)
     assert byte == pytest.approx(3e-4)
 
@@ -136,9 +136,9 @@ def test_timing_follows_a_change_of_power_mode_at_once():
     state = timing.observe(timing.init(), [outcome("a", step_seconds=1.0)])
     calm = timing.observe(state, [outcome("a", step_seconds=1.2)])
     jump = timing.observe(state, [outcome("a", step_seconds=2.0)])
-    before = timing.seconds_of(state, "a")[0]
-    assert timing.seconds_of(calm, "a")[0] / before == pytest.approx(1.2**0.3)
-    assert timing.seconds_of(jump, "a")[0] / before == pytest.approx(2.0**0.9)
+    before = timing.seconds_of(state, ["a"])[0][0]
+    assert timing.seconds_of(calm, ["a"])[0][0] / before == pytest.approx(1.2**0.3)
+    assert timing.seconds_of(jump, ["a"])[0][0] / before == pytest.approx(2.0**0.9)
 
 
 def test_timing_learns_from_all_devices_what_pruning_saves():
@@ -158,7 +158,7 @@ def test_timing_learns_from_all_devices_what_pruning_saves():
 
 
 def test_nothing_is_known_of_timing_before_the_first_report():
-    assert timing.seconds_of(timing.init(), "a") is None
+    assert timing.seconds_of(timing.init(), ["a"]) is None
     silent = Outcome("a", 0.2, 0.1, 8, 20, merged=False)
     assert timing.observe(timing.init(), [silent]) == timing.init()
 

@@ -79,7 +79,9 @@ def propose(state: ControllerState, context: Context) -> tuple[tuple[Choice, ...
     """Returns each device's arm and steps under one deadline; without any timings a small equal start for all."""
     if not state["timing"]["devices"]:
         return tuple(_cold_start(context, device) for device in context.devices), state
-    offers = [_offers(state, context, device) for device in context.devices]
+    seconds = timing.seconds_of(state["timing"], [device.device_id for device in context.devices])
+    assert seconds is not None
+    offers = [_offers(state, context, device, own) for device, own in zip(context.devices, seconds, strict=True)]
     deadline = _deadline(state, context, offers)
     choices = tuple(_choice(state, context, offer, deadline) for offer in offers)
     return choices, {**state, "deadline_seconds": deadline}
@@ -108,12 +110,9 @@ def _cold_start(context: Context, device: DeviceFacts) -> Choice:
     return Choice(device.device_id, arm.pruning_ratio, arm.rank, steps, "no timings yet: the same small start for all")
 
 
-def _offers(state: ControllerState, context: Context, device: DeviceFacts) -> _Offers:
+def _offers(state: ControllerState, context: Context, device: DeviceFacts, seconds: tuple[float, float]) -> _Offers:
     ratios = np.array([arm.pruning_ratio for arm in device.arms])
     ranks = np.array([arm.rank for arm in device.arms])
-    seconds = timing.seconds_of(state["timing"], device.device_id)
-    if seconds is None:
-        raise ValueError(f"no device has been timed yet, found a choice for {device.device_id} to make")
     coefficients = utility.draw(
         state["utility"], context.generator(device.device_id), exploration=state["options"]["exploration"]
     )

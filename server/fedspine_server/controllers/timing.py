@@ -51,15 +51,14 @@ def work(state: TimingState, ratios: np.ndarray, ranks: np.ndarray) -> np.ndarra
     return np.asarray(_features(ratios, ranks) @ np.maximum(coefficients, (0.05, 0.0, 0.0)))
 
 
-def seconds_of(state: TimingState, device_id: str) -> tuple[float, float] | None:
-    """Returns (seconds of a step of relative time 1, seconds of a byte); None before any device was seen."""
+def seconds_of(state: TimingState, device_ids: Sequence[str]) -> list[tuple[float, float]] | None:
+    """Returns (seconds of a step of relative time 1, seconds of a byte) of each; None before any device was seen."""
     known: Mapping[str, Sequence[float]] = state["devices"]
-    if device_id in known:
-        return known[device_id][0], known[device_id][1]
     if not known:
         return None
     steps, bytes_ = zip(*known.values(), strict=True)
-    return float(np.quantile(steps, CAUTIOUS_QUANTILE)), float(np.quantile(bytes_, CAUTIOUS_QUANTILE))
+    unseen = float(np.quantile(steps, CAUTIOUS_QUANTILE)), float(np.quantile(bytes_, CAUTIOUS_QUANTILE))
+    return [(known[name][0], known[name][1]) if name in known else unseen for name in device_ids]
 
 
 def observe(state: TimingState, outcomes: Sequence[Outcome]) -> TimingState:
