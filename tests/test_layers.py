@@ -30,6 +30,7 @@ EDGE_ORDER = [
     ["live"],
     ["commands"],
     ["cli_model", "cli_profile", "cli_link", "cli_flower"],
+    ["cli_page"],
     ["cli"],
 ]
 SERVER_MAY_IMPORT = {"fedspine_edge.protocol", "fedspine_edge.errors"}

@@ -16,6 +16,7 @@ import typer
 from fedspine_edge.cli_flower import commands as flower_commands
 from fedspine_edge.cli_link import commands as link_commands
 from fedspine_edge.cli_model import commands as model_commands
+from fedspine_edge.cli_page import commands as page_commands
 from fedspine_edge.cli_profile import commands as profile_commands
 from fedspine_edge.errors import FedSpineError, InterruptedRunError
 
@@ -29,6 +30,7 @@ app.add_typer(model_commands)
 app.add_typer(profile_commands)
 app.add_typer(link_commands)
 app.add_typer(flower_commands)
+app.add_typer(page_commands)
 
 
 @app.callback()
@@ -58,6 +60,10 @@ def simulate(
     ray_address: Annotated[str | None, typer.Option(help="A Ray cluster; one is started here when not given.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Show the run on a page of this machine, until Ctrl-C once it is over.")
+    ] = False,
+    page_port: Annotated[int, typer.Option(help="Port of that page.", min=0, max=65535)] = 8080,
 ) -> None:
     """Run a federated fine-tuning of a simulated fleet: real training, virtual clock."""
     # Loading torch takes seconds; `fedspine --help` must not.
@@ -68,12 +74,21 @@ def simulate(
     overrides = run.Overrides(*table)
     run_dir = run.prepare(experiment, overrides, out=out, resume=resume)
     try:
-        summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)
+        if page:
+            from fedspine_edge.commands.page import simulate_with_page
+
+            summary = simulate_with_page(run_dir, page_port, workers=workers, quiet=quiet or json)
+        else:
+            summary = command.simulate(run_dir, workers=workers, quiet=quiet or json)
     except KeyboardInterrupt:
         raise InterruptedRunError(
             "interrupted; the last finished round is saved", hint=f"go on with: fedspine simulate --resume {run_dir}"
         ) from None
     typer.echo(command.as_json(summary) if json else command.as_text(summary, run_dir))
+    if page:
+        from fedspine_edge.commands.page import stay
+
+        stay()
 
 
 def main() -> None:

@@ -45,6 +45,9 @@ def serve(
     listen: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8443,
     database: Annotated[str | None, typer.Option(help="postgresql+psycopg://...; SQLite when not given.")] = None,
+    new_password: Annotated[
+        bool, typer.Option("--new-password", help="Make a new password of the page; do not serve.")
+    ] = False,
     token_hours: Annotated[float, typer.Option(help="How long the claim token holds.", min=0.01)] = 24.0,
     json: Json = False,
 ) -> None:
@@ -54,6 +57,10 @@ def serve(
 
     from fedspine_edge.commands import serve as command
 
+    if new_password:
+        made = command.renew_password(directory)
+        _print({"page_password": made}, made, json=json)
+        return
     if not init:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
         command.serve(directory)
@@ -67,7 +74,9 @@ def serve(
         f"fingerprint  {told['fingerprint']}\n"
         f"token        {told['token']}\n"
         f"             holds {token_hours:g} hours; a new one: fedspine devices token\n"
-        f"operator     {told['operator_file']} (keep it secret)\n\n"
+        f"operator     {told['operator_file']} (keep it secret)\n"
+        f"page         {told['url']}  password {told['page_password']}; a new one: fedspine serve --new-password\n"
+        f"metrics      {told['url']}/metrics  token in {told['metrics_token_file']}\n\n"
         f"serve        fedspine serve --dir {directory}\n"
         f"on a board   fedspine join {told['url']} --token TOKEN --model MODEL --data FILE\n"
         f"then here    fedspine devices accept --all",
@@ -273,7 +282,8 @@ def fleet_up(
     told = up(config, directory, num_devices=devices, port=port, emulate=emulate)
     lines = [f"{device_id}  {board}" for device_id, board in told["devices"].items()]
     hint = f"fedspine runs start {config} --operator {told['operator_file']}"
-    _print(told, "\n".join([f"serving at {told['url']}", *lines, "", f"begin  {hint}"]), json=json)
+    page = f"page   {told['url']}  password {told['page_password']}"
+    _print(told, "\n".join([f"serving at {told['url']}", *lines, "", page, f"begin  {hint}"]), json=json)
 
 
 @fleet.command("down")

@@ -174,6 +174,7 @@ class LiveView:
         quiet: Show nothing.
         interactive: Redraw in place; by default on a terminal that can, with an encoding that has the signs.
         clock: Monotonic seconds.
+        follow: Called with the progress after each event.
     """
 
     def __init__(
@@ -183,7 +184,9 @@ class LiveView:
         quiet: bool = False,
         interactive: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
+        follow: Callable[[Progress], None] | None = None,
     ) -> None:
+        self._follow = follow
         self._console = console or Console(stderr=True)
         self._quiet = quiet
         self._clock = clock
@@ -221,6 +224,8 @@ class LiveView:
         """
         before, now = self._progress, self._clock()
         self._progress = advance(before, event, now=now)
+        if self._follow is not None:
+            self._follow(self._progress)
         if self._quiet or self._live is not None:
             return
         line = plain_line(before, self._progress, event, wall_seconds=now - self._opened)

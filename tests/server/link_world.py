@@ -28,6 +28,9 @@ from fedspine_server.link.devices import set_status
 from fedspine_server.link.hub import Hub, LinkSettings, open_hub
 from fedspine_server.link.schemas import Recipe, RunOptions, RunRequest
 from fedspine_server.link.tables import ACCEPTED
+from fedspine_server.page.app import Front, create_page
+from fedspine_server.page.fleet_source import FleetSource
+from fedspine_server.page.sessions import new_password
 from fedspine_server.settings import RunSettings
 
 BASE = hashlib.sha256(b"toy").hexdigest()
@@ -45,14 +48,32 @@ class World:
 
 
 @contextmanager
-def served(directory: Path, settings: LinkSettings = QUICK, **more: Any) -> Iterator[World]:
+def page_served(directory: Path) -> Iterator[Any]:
+    """Starts a server with the fleet page beside the link; the world also has the page's password and desk."""
+    desks: list[Any] = []
+
+    def front(link: Any, hub: Hub) -> Front:
+        page = create_page(FleetSource(hub), hub)
+        desks.append(page.desk)  # type: ignore[attr-defined]
+        return Front(link, page)
+
+    with served(directory, around=front) as world:
+        world.password, world.desk = new_password(world.hub), desks[0]  # type: ignore[attr-defined]
+        yield world
+
+
+@contextmanager
+def served(
+    directory: Path, settings: LinkSettings = QUICK, around: Callable[[Any, Hub], Any] | None = None, **more: Any
+) -> Iterator[World]:
     """Starts a server over a directory, new or used before, and stops it."""
     hub = open_hub(directory, settings=settings, **more)
     with hub.database.write() as session:
         operator = issue(session, OPERATOR, now=hub.clock(), seconds=None)
         claim = issue(session, CLAIM, now=hub.clock(), seconds=3600)
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(hub), log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
+    app = create_app(hub) if around is None else around(create_app(hub), hub)
+    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

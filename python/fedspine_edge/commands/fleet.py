@@ -88,7 +88,8 @@ def up(config: str, directory: Path, *, num_devices: int | None, port: int, emul
         _remember(directory, processes)
     operator.close()
     boards = {spec.device_id: spec.board for spec in specs}
-    return {"url": url, "operator_file": told["operator_file"], "token": told["token"], "devices": boards}
+    page = {name: told[name] for name in ("page_password", "metrics_token_file")}
+    return {"url": url, "operator_file": told["operator_file"], "token": told["token"], "devices": boards, **page}
 
 
 def _write_shard(state: Path, shard: Sequence[Example]) -> Path:

@@ -50,6 +50,10 @@ class Operator:
         """Returns what the server says."""
         return request(self._pool, "GET", f"{self.url}/v1/{path}", self._headers, None, CALL_SECONDS)
 
+    def overview(self) -> Any:
+        """Returns the fleet at this moment and what is to be said of it."""
+        return request(self._pool, "GET", f"{self.url}/overview.json", self._headers, None, CALL_SECONDS)
+
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Has the server do something and returns what it says."""
         return request(self._pool, "POST", f"{self.url}/v1/{path}", self._headers, body or {}, CALL_SECONDS)

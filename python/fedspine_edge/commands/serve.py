@@ -1,7 +1,8 @@
 """`fedspine serve`: the server of a fleet, from its first certificate to its last request.
 
 Comes in: a directory. Goes out, made once by `--init`: CA, server certificate, database, `server.json`, and
-`operator.json`, with which the operator's commands find the server. Then HTTPS until it is stopped.
+`operator.json`, with which the operator's commands find the server, and `metrics.token`, with which Prometheus reads
+`/metrics`. Then HTTPS until it is stopped: the link below `/v1/`, the fleet page beside it.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from fedspine_server.link.certificates import (
 )
 from fedspine_server.link.credentials import CLAIM, OPERATOR, issue
 from fedspine_server.link.hub import Hub, open_hub
+from fedspine_server.page.app import Front, create_page
+from fedspine_server.page.fleet_source import FleetSource
+from fedspine_server.page.sessions import new_metrics_token, new_password
 
-SETTINGS_FILE, OPERATOR_FILE = "server.json", "operator.json"
+SETTINGS_FILE, OPERATOR_FILE, METRICS_FILE = "server.json", "operator.json", "metrics.token"
 PATIENCE_SECONDS = 600.0  # merging a large model takes so long on a small server
 
 
@@ -76,6 +80,8 @@ def init(directory: Path, settings: ServerSettings, names: list[str], *, claim_h
         now = hub.clock()
         operator = issue(session, OPERATOR, now=now, seconds=None)
         claim = issue(session, CLAIM, now=now, seconds=3600 * claim_hours)
+    password = new_password(hub)
+    write_private(directory / METRICS_FILE, new_metrics_token(hub).encode())
     hub.database.close()
     ca = (directory / CA_FILE).read_text()
     _write_json(directory / OPERATOR_FILE, {"url": settings.url, "ca": ca, "token": operator})
@@ -86,7 +92,22 @@ def init(directory: Path, settings: ServerSettings, names: list[str], *, claim_h
         "token": f"{claim}.{ca_fingerprint}",
         "token_hours": claim_hours,
         "operator_file": str((directory / OPERATOR_FILE).resolve()),
+        "page_password": password,
+        "metrics_token_file": str((directory / METRICS_FILE).resolve()),
     }
+
+
+def renew_password(directory: Path) -> str:
+    """Makes a new password of the page and returns it; the old one and everybody signed in end.
+
+    Raises:
+        UsageError: There is no server in the directory.
+    """
+    hub = open_hub(directory, database=read_settings(directory).database)
+    try:
+        return new_password(hub)
+    finally:
+        hub.database.close()
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
@@ -118,7 +139,7 @@ def serve(directory: Path) -> None:
     hub = open_hub(directory, database=settings.database, ca=(directory / CA_FILE).read_text())
     steward = Steward(hub)
     config = uvicorn.Config(
-        create_app(hub, steward),
+        Front(create_app(hub, steward), create_page(FleetSource(hub), hub)),
         ssl_certfile=directory / SERVER_FILE,
         ssl_keyfile=directory / SERVER_KEY_FILE,
         log_level="warning",

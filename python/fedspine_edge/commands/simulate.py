@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from fedspine_edge.commands.workers import Workers
 from fedspine_edge.hardware import MemoryWatch, this_machine, usable_cores
 from fedspine_edge.live import LiveView
 from fedspine_edge.masks import kept_counts
+from fedspine_edge.progress import Progress
 from fedspine_edge.report import write_report
 from fedspine_edge.structure import prunable_parameters
 from fedspine_edge.workbench import GlobalModel
@@ -51,19 +52,22 @@ class Finished:
     accuracy: float | None
 
 
-def simulate(run_dir: Path, *, workers: int | None, quiet: bool) -> dict[str, Any]:
+def simulate(
+    run_dir: Path, *, workers: int | None, quiet: bool, follow: Callable[[Progress], None] | None = None
+) -> dict[str, Any]:
     """Runs, or goes on with, the run in a directory and returns its summary.
 
     Args:
         run_dir: From `experiment.prepare`.
         workers: Devices trained at once; all cores when None.
         quiet: Whether progress is kept to itself.
+        follow: Called with the progress after each event.
 
     Raises:
         FedSpineError: Model, data or state are not as they must be; what is saved stays.
     """
     start = time.monotonic()
-    with LiveView(quiet=quiet) as live, MemoryWatch() as memory:
+    with LiveView(quiet=quiet, follow=follow) as live, MemoryWatch() as memory:
         live.handle({"kind": "phase", "text": "reading model and data", "total": None, "done": 0})
         scene = build_scene(run_dir)
         with _engine(scene, workers or usable_cores()) as pool:
