@@ -29,6 +29,7 @@ CONDITIONS = {
     "revoked": "dim strike",
 }
 URGENT = ("pending", "silent", "paused")
+SHORT = ("health", "slow", "model", "chosen", "next")  # the five questions of the diagnosis, in its order
 FIXED_LINES = 12
 WIDE = 110
 MARKS = {"merged": ("▪", "cyan"), "late": ("▪", "yellow"), "dropped": ("▪", "red"), "rejected": ("▪", "magenta")}
@@ -94,12 +95,12 @@ def _run(run: Mapping[str, Any] | None, width: int) -> Text:
 
 def _answers(answers: list[Mapping[str, Any]]) -> Table:
     table = Table.grid(padding=(0, 2))
-    for _ in range(2):
-        table.add_column(no_wrap=True)
+    for width in (6, 30):
+        table.add_column(no_wrap=True, overflow="ellipsis", min_width=width)
     table.add_column(no_wrap=True, overflow="ellipsis")
-    for answer in answers:
+    for answer, short in zip(answers, SHORT, strict=True):
         said = _line(answer["answer"], STYLES[answer["level"]] if answer["level"] != "note" else "bold")
-        table.add_row(_line(answer["question"], "dim"), said, _line(answer["because"], "dim"))
+        table.add_row(_line(short, "dim"), said, _line(answer["because"], "dim"))
     return table
 
 

@@ -5,6 +5,7 @@ Comes in: a hub. Goes out: a `Source`. Nothing is written; what a device said is
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,6 @@ from fedspine_server.link.tables import (
     RUNNING,
     DeviceRow,
     EventRow,
-    ResultRow,
     RunRow,
     TaskRow,
 )
@@ -49,6 +49,8 @@ from fedspine_server.state import RunState
 GRACE_SECONDS = 10.0
 MOST_RUNS, MOST_EVENTS, MOST_STORIES = 12, 40, 4
 STATE_FILE = "state.safetensors"
+HIDDEN = ("round_index", "recorded_timings")
+LONG_HASH = re.compile(r"[0-9a-f]{32,}")
 
 
 class FleetSource:
@@ -221,13 +223,12 @@ def _problem(condition: str, sample: Mapping[str, Any], last: Mapping[str, Any] 
 
 
 def _event(row: EventRow) -> Event:
-    said = (f"{name.replace('_', ' ')} {_words(value)}" for name, value in row.detail.items() if _worth(value))
-    text = ", ".join(said)
+    detail = {name: value for name, value in row.detail.items() if value not in (None, "", False, [], {}, 0)}
+    if "round_index" in row.detail:
+        detail = {"round": row.detail["round_index"] + 1, **detail}
+    said = (f"{name.replace('_', ' ')} {_words(value)}" for name, value in detail.items() if name not in HIDDEN)
+    text = ", ".join(word for word in said if word != "attempt 1")
     return Event(row.event_id, row.at, row.kind, row.run_id or "", row.device_id or "", text[:300])
-
-
-def _worth(value: Any) -> bool:
-    return value not in (None, "", False, [], {})
 
 
 def _words(value: Any) -> str:
@@ -235,11 +236,6 @@ def _words(value: Any) -> str:
         return f"{value:.3g}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {_words(entry)}" for key, entry in value.items())
+    if isinstance(value, str):
+        return f"{value[:12]}…" if LONG_HASH.fullmatch(value) else value
     return str(len(value)) if isinstance(value, list) else str(value)
-
-
-def results_of(hub: Hub) -> list[tuple[str, str]]:
-    """Returns (fate, detail) of every result on record that was not kept; for metrics."""
-    with hub.database.read() as session:
-        rows = session.execute(select(ResultRow.fate, ResultRow.detail).where(ResultRow.fate != "kept"))
-        return [(fate, detail or "") for fate, detail in rows]
