@@ -1,4 +1,4 @@
-"""What the page says: a fleet on record and a run's directory, in words that rest on their figures; and hostile words."""
+"""What the page says of a fleet on record and of a run's directory, in words that rest on figures; and hostile words."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from fedspine_server.page.story import Story
 from fedspine_server.page.stream import Watches
 from fedspine_server.page.views import PENDING, SILENT, WAITING, WORKING, Device, Fleet, Run
 
-HOSTILE = '"><img src=x onerror=hit()><script>hit()</script>\'&{{7*7}}'
+HOSTILE = "\"><img src=x onerror=hit()><script>hit()</script>'&{{7*7}}"
 
 
 def device(name, *, compute=10.0, state="merged", detail=None, ratio=0.25, **more):
@@ -152,8 +152,7 @@ def hostile_fleet():
     )  # fmt: skip
     export = {"path": f"models/{HOSTILE}", "quant": HOSTILE, "size_bytes": 1, "accuracy": None, "top1_agreement": None}
     summary = {"exports": [{**export, "mean_kl": None, "dense": False}]}
-    fleet = fleet_of(records, [shown, Device("b", PENDING, board=HOSTILE)], detail=HOSTILE, summary=summary)
-    return fleet
+    return fleet_of(records, [shown, Device("b", PENDING, board=HOSTILE)], detail=HOSTILE, summary=summary)
 
 
 class Nothing:
@@ -310,13 +309,15 @@ def test_metrics_have_the_documented_names_and_the_historys_figures():
         record(0, [device("a"), device("b", state="rejected", detail="expected finite values in x, found NaN or Inf")]),
         record(1, [device("a"), device("b", state="late")], accuracy=0.75),
     ]
-    shown = Device("a", WORKING, seen_at=990.0, energy_joules=12.5, memory_available_bytes=1 << 30, pruning_ratio=0.25, rank=8)
+    shown = Device(
+        "a", WORKING, seen_at=990.0, energy_joules=12.5, memory_available_bytes=1 << 30, pruning_ratio=0.25, rank=8
+    )
     found = samples(fleet_of(rounds, [shown, Device("b", SILENT, seen_at=500.0)]))
     run = ("run", "run-a")
     assert found["fedspine_round", run] == 2
     assert found["fedspine_rounds_total", ("outcome", "merged"), run] == 2
     assert found["fedspine_round_duration_seconds_sum", run] == 40
-    assert found["fedspine_round_duration_seconds_bucket", ("le", "30.0"), run] == 2
+    assert found["fedspine_round_duration_seconds_bucket", ("le", "30"), run] == 2
     assert found["fedspine_device_up", ("device", "a")] == 1
     assert found["fedspine_device_up", ("device", "b")] == 0
     assert found["fedspine_device_last_seen_timestamp_seconds", ("device", "a")] == 990
@@ -354,5 +355,3 @@ def test_reasons_of_refusals_are_few(detail, reason):
 def test_hostile_labels_stay_within_their_quotes():
     found = samples(fleet_of([], [Device("a", WAITING, board=HOSTILE + '\n"} 1\nfedspine_round 7')]))
     assert [key for key in found if key[0] == "fedspine_round"] == [("fedspine_round", ("run", "run-a"))]
-
-

@@ -7,6 +7,7 @@ import pytest
 import urllib3
 from link_world import ToyDevice, page_served, start_run
 
+from fedspine_server.link.credentials import RateLimit
 from fedspine_server.link.tables import ACCEPTED, PENDING, REVOKED, CredentialRow, DeviceRow
 from fedspine_server.page import sessions
 from fedspine_server.page.actions import ACTIONS
@@ -26,7 +27,9 @@ def world(tmp_path):
 def call(world, method, path, *, cookie="", form=None, **headers):
     fields = {"Accept": "text/html", "Cookie": cookie, **{k.replace("_", "-"): v for k, v in headers.items()}}
     body = urllib.parse.urlencode(form) if form is not None else None
-    return urllib3.request(method, world.url + path, headers=fields, body=body, timeout=10, retries=False, redirect=False)
+    return urllib3.request(
+        method, world.url + path, headers=fields, body=body, timeout=10, retries=False, redirect=False
+    )
 
 
 def sign_in(world, said=None):
@@ -67,7 +70,7 @@ def test_the_password_and_the_operators_token_open_a_session_and_nothing_else_do
         assert call(world, "GET", "/", cookie=cookie).status == 200
     device = ToyDevice(world, "a")
     for said in ("", "x", world.claim, f"a.{device.identity.secret}", cookie.split("=")[1], "x" * 3000):
-        world.desk.logins.__init__(1000, 1.0)
+        world.desk.logins = RateLimit(1000, 1.0)
         assert call(world, "POST", "/login", form={"password": said}).status == 403
 
 
@@ -146,7 +149,9 @@ def test_a_run_is_stopped_and_resumed_and_everybody_pending_accepted_at_once(wor
         assert call(world, "POST", path, cookie=cookie, form=form).status == 404
 
 
-@pytest.mark.parametrize("target", ["https://elsewhere.org/", "//elsewhere.org", "/\\elsewhere.org", "javascript:alert(1)"])
+@pytest.mark.parametrize(
+    "target", ["https://elsewhere.org/", "//elsewhere.org", "/\\elsewhere.org", "javascript:alert(1)"]
+)
 def test_signing_in_leads_to_no_other_site(world, target):
     form = {"password": world.password}
     assert call(world, "POST", f"/login?next={urllib.parse.quote(target)}", form=form).headers["location"] == "/"

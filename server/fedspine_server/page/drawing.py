@@ -40,8 +40,8 @@ class Chart:
 
 def charts(story: Story, *, wall: bool) -> tuple[Chart, ...]:
     """Returns accuracy and loss against the run's clock, or against the wall's; empty where it was not noted."""
-    times = [story.wall[i] if wall else float(r["virtual_end_seconds"]) for i, r in enumerate(story.rounds)]
-    if not times or any(at is None for at in times):
+    times = list(story.wall) if wall else [float(record["virtual_end_seconds"]) for record in story.rounds]
+    if not times or len(times) != len(story.rounds) or any(at is None for at in times):
         return ()
     known = [at for at in times if at is not None]
     found = []
