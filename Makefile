@@ -8,6 +8,7 @@
 #   make test-faults              every process killed, every file cut short, full disks, wrong clocks, nonsense sent: minutes
 #   make test-fuzz-nightly        the same nonsense, fifty times as much: half an hour
 #   make test-engines             the same rounds in process, over HTTPS, over Flower and on Ray: one adapter, four costs
+#   make test-page                the fleet page in a browser with a fleet of real agents; as root it installs what it needs
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -30,7 +31,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly lint bench clean test-engines
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines test-page test-page-nightly lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -69,6 +70,13 @@ test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
 test-engines: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 tests/edge/test_engines.py
 	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_ray.py
+
+test-page: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
+	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m page tests/edge/test_fleet_page.py
+	$(RUN) $(BIN)/python -m pytest tests/server/test_page.py tests/server/test_page_sessions.py
+
+test-page-nightly: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
+	FEDSPINE_PAGE_SECONDS=600 $(RUN) $(BIN)/python -m pytest -rP -m page -k smooth tests/edge/test_fleet_page.py
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -123,4 +131,12 @@ $(ENGINES)/.installed: requirements/flower.txt
 
 $(VENV)/.dev: requirements/dev.txt $(VENV)/.packages
 	$(PIP) $(LOCKED) -r requirements/dev.txt
+	@touch $@
+
+# Debian's own browser and Prometheus; playwright drives that browser and brings none along.
+$(VENV)/.browser:
+	@for tool in chromium prometheus promtool; do command -v $$tool >/dev/null || missing=1; done; \
+	if [ -n "$$missing" ]; then if [ "$$(id -u)" = 0 ]; then \
+	  apt-get install -y --no-install-recommends chromium prometheus >/dev/null; else \
+	  echo "error: cannot find chromium or prometheus" >&2; echo "hint: apt-get install chromium prometheus" >&2; exit 1; fi; fi
 	@touch $@

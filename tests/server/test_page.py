@@ -1,8 +1,9 @@
-"""What the page says of a fleet on record and of a run's directory, in words that rest on figures; and hostile words."""
+"""What the page says of a fleet on record and of a run's directory: words that rest on figures, hostile words."""
 
 import asyncio
 import json
 import re
+from pathlib import Path
 
 import pytest
 from link_world import ToyDevice, page_served, start_run, until
@@ -179,6 +180,15 @@ def test_a_part_is_new_only_when_more_than_an_age_has_changed():
     later = Fleet(1003.0, fleet.devices, fleet.runs)
     before, after = (parts_of(View("fleet"), f, Nothing()) for f in (fleet, later))
     assert [part.signature for part in before] == [part.signature for part in after]
+
+
+def test_the_page_and_the_report_of_a_run_have_one_palette():
+    root = Path(__file__).parents[2]
+    report = (root / "python/fedspine_edge/report/template.html").read_text()
+    style = (root / "server/fedspine_server/page/assets/page.css").read_text()
+    for mark in ("palette", "dark palette"):
+        own = re.search(rf"/\* {mark} \*/\s*(.*?)\s*/\* end of {mark} \*/", style, re.DOTALL)[1]
+        assert " ".join(own.split()) in " ".join(report.split())
 
 
 # --- where it comes from --------------------------------------------------------------------------------------------

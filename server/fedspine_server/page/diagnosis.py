@@ -235,7 +235,7 @@ def _slow(run: Run | None, fleet: Fleet) -> Answer:
         return Answer(question, "Nobody", f"{wording.percent(share)} of device time is waiting for others", GOOD)
     name, times, why = slow[0]
     device = fleet.device(name)
-    board = f"{device.board}; " if device is not None and device.board else ""
+    board = f"{wording.board(device.board)}; " if device is not None and device.board else ""
     more = f" {len(slow) - 1} more." if len(slow) > 1 else ""
     return Answer(question, name, f"{times:.1f}× the median round. {board}{why}.{more}", NOTE, f"/devices/{name}")
 

@@ -54,6 +54,11 @@ def unit(value: float | None, name: str, digits: int = 0) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f} {name}"
 
 
+def board(name: str) -> str:
+    """Returns what a board calls itself without its maker, who makes them all."""
+    return name.removeprefix("NVIDIA ") or "unknown board"
+
+
 def plural(count: int, noun: str) -> str:
     """Returns `1 round`, `8 rounds`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}".replace(",", " ")

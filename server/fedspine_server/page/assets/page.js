@@ -19,7 +19,7 @@
     for (const time of root.querySelectorAll("time[data-at], time[data-until]")) {
       const { at, until, bare } = time.dataset;
       const left = Number(until) - now;
-      const said = at !== undefined ? words(now - Number(at)) + (bare === undefined ? " ago" : "") : left > 0 ? words(left) + " left" : "due";
+      const said = at !== undefined ? words(now - Number(at)) + (bare === undefined ? " ago" : "") : left > 0 ? words(left) + (bare === undefined ? " left" : "") : bare === undefined ? "due" : "passed";
       if (time.textContent !== said) time.textContent = said;
     }
   }
