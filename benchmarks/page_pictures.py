@@ -20,7 +20,7 @@ from fedspine_edge.commands import serve
 from fedspine_server.link.hub import Hub, open_hub
 from fedspine_server.link.tables import ACCEPTED, DeviceRow
 
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 RUN = f"/runs/{page_fleet.RUN_ID}"
 PAGES = {"fleet": ("/", 1080), "run": (RUN, 1350), "model": (f"{RUN}/model", 900), "device": ("/devices/tx2-03", 1080)}
 MOST_BYTES = 300_000

@@ -108,7 +108,9 @@ def compare(
     text: Annotated[Path | None, typer.Option(help="Text for the perplexity; else a built-in passage.")] = None,
     data: Annotated[str | None, typer.Option(help="Labelled examples for the accuracy: trec6, .jsonl or .csv.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A decoder's template for them, {text} for the text.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="SVG file to write: quality against latency.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="SVG to write: quality against latency; or an .html report.")
+    ] = None,
     output: Annotated[str, typer.Option("-o", "--output", help="md or json.")] = "md",
     json: Json = False,
     quiet: Quiet = False,

@@ -257,7 +257,8 @@ def test_prometheus_reads_a_live_fleet_and_its_rules_load(fleet, tmp_path):
         assert len(rules) == 8
         seconds_until(lambda: all(r["health"] == "ok" for r in said(port, "rules")["groups"][0]["rules"]), 20)
         panels = json.loads((MONITORING / "grafana.json").read_text())["panels"]
-        empty = {"Temperature", "Power", "Clock lost to throttling", "Accuracy"}  # this machine has no such sensors
+        # This machine has no such sensors, and tiny tasks are over before they report any.
+        empty = {"Temperature", "Power", "Memory left", "Clock lost to throttling", "Accuracy"}
         for panel in panels:
             for target in panel["targets"]:
                 expression = target["expr"].replace("$run", "live")

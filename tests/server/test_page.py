@@ -184,7 +184,7 @@ def test_a_part_is_new_only_when_more_than_an_age_has_changed():
 
 def test_the_page_and_the_report_of_a_run_have_one_palette():
     root = Path(__file__).parents[2]
-    report = (root / "python/fedspine_edge/report/template.html").read_text()
+    report = (root / "python/fedspine_edge/report/palette.css").read_text()
     style = (root / "server/fedspine_server/page/assets/page.css").read_text()
     for mark in ("palette", "dark palette"):
         own = re.search(rf"/\* {mark} \*/\s*(.*?)\s*/\* end of {mark} \*/", style, re.DOTALL)[1]

@@ -26,6 +26,7 @@ from fedspine_edge.profiling.comparison import LETTERS, Metric, Subject
 from fedspine_edge.profiling.plot import Point, pareto_svg
 from fedspine_edge.profiling.power import Meter, find_meter
 from fedspine_edge.profiling.watch import BoardWatch
+from fedspine_edge.report.comparison import comparison_page
 
 PASSAGE = Path(__file__).resolve().parents[1] / "profiling" / "passage.txt"
 FORMATS = ("md", "json")
@@ -78,7 +79,8 @@ def compare(
         wanted: What to run; one number of threads and one size of batch.
         text: UTF-8 text whose perplexity is measured; a short passage of our own when None.
         data: Labelled examples whose accuracy is measured; none when None.
-        plot: SVG file to write: wrong answers, or without examples the perplexity, against latency.
+        plot: SVG file to write: wrong answers, or without examples the perplexity, against latency; or an HTML file:
+            all figures, and that picture where it can be drawn.
         output: `md` or `json`.
         quiet: Whether progress is kept to itself.
         show: Called once with the text.
@@ -97,7 +99,9 @@ def compare(
             subjects = [_judged(subject, data, tell) for subject in subjects]
     done = Compared(subjects, comparison.compare(subjects, options.tests), options)
     show(_as_json(done, meter) if output == "json" else _as_text(done, meter, own_text=text is not None))
-    if plot is not None:
+    if plot is not None and plot.suffix == ".html":
+        write_bytes(plot, _as_html(done, meter, own_text=text is not None).encode())
+    elif plot is not None:
         write_bytes(plot, picture(done).encode())
 
 
@@ -186,20 +190,33 @@ def _measured(
 
 
 def _as_text(done: Compared, meter: Meter | None, *, own_text: bool) -> str:
-    names = [f"{subject.rows[0].path.name} ({subject.rows[0].child.facts.model_type})" for subject in done.subjects]
+    lines = [comparison.as_markdown(done.metrics, _names(done)), ""]
+    return "\n".join([*lines, *map(wrapped, _notes(done, meter, own_text=own_text)), conditions_line()])
+
+
+def _as_html(done: Compared, meter: Meter | None, *, own_text: bool) -> str:
+    drawn = ""
+    with contextlib.suppress(UsageError):  # encoders without examples have nothing to plot
+        drawn = picture(done)
+    notes = [*_notes(done, meter, own_text=own_text), conditions_line()]
+    return comparison_page(done.metrics, _names(done), notes, drawn[drawn.find("<svg") :] if drawn else "")
+
+
+def _names(done: Compared) -> list[str]:
+    return [f"{subject.rows[0].path.name} ({subject.rows[0].child.facts.model_type})" for subject in done.subjects]
+
+
+def _notes(done: Compared, meter: Meter | None, *, own_text: bool) -> list[str]:
     options = done.options
     lines = [
-        comparison.as_markdown(done.metrics, names),
-        "",
         f"{options.repetitions} runs of each test in turn, -t {options.num_threads}; medians, and ratios of neighbours"
         " in time.",
         "memory: peak PSS of the process less the interpreter's own.",
+        *_about_text(done, own_text=own_text),
     ]
-    lines += _about_text(done, own_text=own_text)
     if all(energy.joules is None for row in _rows(done) for energy in row.run_energies):
         lines.append(f"energy: n/a, {energy_note(meter)}")
-    lines += [f"(!) do not trust {reason}" for reason in _noise(done)]
-    return "\n".join([*lines[:2], *map(wrapped, lines[2:]), conditions_line()])
+    return [*lines, *(f"(!) do not trust {reason}" for reason in _noise(done))]
 
 
 def _about_text(done: Compared, *, own_text: bool) -> list[str]:

@@ -106,8 +106,8 @@ def as_markdown(metrics: Sequence[Metric], names: Sequence[str]) -> str:
         lines = [
             [
                 metric.name + ("" if metric.trusted else DOUBT),
-                _value(metric, 0),
-                _value(metric, index),
+                value_text(metric, 0),
+                value_text(metric, index),
                 verdict(metric, index),
             ]
             for metric in metrics
@@ -241,6 +241,7 @@ def _memory(subject: Subject) -> float | None:
     return None if count is None else count / MEBIBYTE
 
 
-def _value(metric: Metric, index: int) -> str:
+def value_text(metric: Metric, index: int) -> str:
+    """Returns a model's figure as it is printed."""
     value = metric.values[index]
     return MISSING if value is None else f"{value:.{metric.digits}f}"

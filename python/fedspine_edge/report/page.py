@@ -41,6 +41,11 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
+def palette() -> str:
+    """Returns the colours that every report shares."""
+    return Path(__file__).with_name("palette.css").read_text(encoding="utf-8")
+
+
 def render(run: Run) -> str:
     """Returns the page of a run."""
     environment = jinja2.Environment(
@@ -49,6 +54,7 @@ def render(run: Run) -> str:
     template = environment.from_string(Path(__file__).with_name("template.html").read_text(encoding="utf-8"))
     drawn = timelines(run.rounds)
     return template.render(
+        palette=palette(),
         summary=run.summary,
         headlines=headlines(run),
         curve=curve(run),
