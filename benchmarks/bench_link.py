@@ -231,7 +231,7 @@ def idle_agent(folder: Path) -> dict[str, Any]:
     import psutil
 
     from fedspine_edge.agent.settings import AgentSettings
-    from fedspine_edge.commands.join import join
+    from fedspine_edge.agent.enrolment import enrol as join
 
     with served(folder / "server", []) as server:
         state = folder / "board"

@@ -23,3 +23,7 @@ uv pip compile --quiet --python-version 3.11 --python-platform aarch64-manylinux
   --no-header -c dev.txt arm.in -o arm.txt
 # llama.txt holds the one package that is compiled; what it imports stands in run.txt.
 awk '/^[a-z]/ { keep = /^llama-cpp-python/ } keep' llama.txt >"$never" && cat "$never" >llama.txt
+for image in image-agent image-full; do
+  uv pip compile --quiet --python-version 3.11 --python-platform aarch64-manylinux_2_28 --generate-hashes --no-annotate \
+    --no-header -c arm.txt -c run.txt "$image.in" -o "$image.txt"
+done

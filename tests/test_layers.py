@@ -26,10 +26,11 @@ EDGE_ORDER = [
     ["profiling"],
     ["agent"],
     ["flower_client"],
+    ["appliance", "images"],
     ["report"],
     ["live"],
     ["commands"],
-    ["cli_model", "cli_profile", "cli_link", "cli_flower"],
+    ["cli_model", "cli_profile", "cli_link", "cli_flower", "cli_image"],
     ["cli_page"],
     ["cli"],
 ]

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fedspine_edge.cli_flower import commands as flower_commands
+from fedspine_edge.cli_image import commands as image_commands
 from fedspine_edge.cli_link import commands as link_commands
 from fedspine_edge.cli_model import commands as model_commands
 from fedspine_edge.cli_page import commands as page_commands
@@ -31,6 +32,7 @@ app.add_typer(profile_commands)
 app.add_typer(link_commands)
 app.add_typer(flower_commands)
 app.add_typer(page_commands)
+app.add_typer(image_commands)
 
 
 @app.callback()

@@ -105,17 +105,18 @@ def join(
     json: Json = False,
 ) -> None:
     """Make this board a device of a fleet, and run its agent."""
+    from fedspine_edge.agent.enrolment import enrol
     from fedspine_edge.agent.settings import AgentSettings
-    from fedspine_edge.commands import join as command
+    from fedspine_edge.commands.join import run_agent
 
     settings = AgentSettings(
         model, data, memory_bytes=memory, threads=threads, max_celsius=max_celsius, slow_down=slow_down
     )
-    device_id = command.join(url, token, state, settings, name=name)
+    device_id = enrol(url, token, state, settings, name=name)
     told = {"device_id": device_id, "state": str(state)}
     _print(told, f"enrolled as {device_id}; accept it: fedspine devices accept {device_id}", json=json)
     if not enroll_only:
-        command.run_agent(state)
+        run_agent(state)
 
 
 @commands.command()

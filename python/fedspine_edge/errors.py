@@ -68,3 +68,7 @@ class InterruptedRunError(FedSpineError):
     """The user stopped the program; what was finished is saved (exit code 130)."""
 
     exit_code = 130
+
+
+class ImageError(FedSpineError):
+    """A device image cannot be built, is damaged, or must not be written where it was to go (exit code 1)."""

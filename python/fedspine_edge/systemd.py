@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def notify(state: str) -> None:
@@ -25,6 +26,12 @@ def notify(state: str) -> None:
             sender.sendall(state.encode())
         except OSError:
             return  # a service must not die because its supervisor does not listen
+
+
+def report_heard() -> None:
+    """Leaves `heard` in the service's runtime directory: since this boot, the server has answered this device."""
+    if directory := os.environ.get("RUNTIME_DIRECTORY"):
+        (Path(directory.split(":")[0]) / "heard").touch()
 
 
 class Pulse:

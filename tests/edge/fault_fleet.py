@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedspine_edge.agent.enrolment import enrol
 from fedspine_edge.agent.identity import split_token
 from fedspine_edge.agent.link import UnreachableError, fetch_ca
 from fedspine_edge.agent.settings import AgentSettings
 from fedspine_edge.commands import serve
 from fedspine_edge.commands.experiment import shares_of
-from fedspine_edge.commands.join import join
 from fedspine_edge.commands.operate import OPERATOR_FILE, Operator
 from fedspine_edge.commands.start_run import run_request
 from fedspine_edge.config import Experiment, load_table, settings_from
@@ -139,7 +139,7 @@ class FaultFleet:
             agent = AgentSettings(
                 str(experiment.model), str(state / "examples.jsonl"), memory_bytes=8 << 30, threads=1
             )  # fmt: skip
-            join(self.url, self.token, state, agent, name=name)
+            enrol(self.url, self.token, state, agent, name=name)
             self.operator.post(f"devices/{name}/accept")
             watched = Watched(self.folder, name, ["-m", AGENT, str(state)], self.plans.get(name, ()))
             watched.environment = dict(self.clocks.get(name, {}))

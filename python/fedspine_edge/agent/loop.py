@@ -23,6 +23,7 @@ from fedspine_edge.agent.settings import AgentSettings
 from fedspine_edge.agent.tasks import checked_task, own_part
 from fedspine_edge.agent.worker_process import WorkerProcess
 from fedspine_edge.errors import CheckpointError, IncompatibleError, LinkError
+from fedspine_edge.systemd import report_heard
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.5, 60.0
 POLL_SECONDS = 1.0
 CELSIUS_SECONDS = 5.0
 MAX_REASON = 400
+NO_MODEL = "0" * 64
 
 
 class Agent:
@@ -98,7 +100,10 @@ class Agent:
             seconds = min(2 * seconds, LONGEST_BACKOFF_SECONDS)
 
     def _open_worker(self) -> None:
-        """Has the worker open model and data, and learns what they are."""
+        """Has the worker open model and data, and learns what they are; a device without a model is only seen."""
+        if not self._settings.model:
+            self._inventory = {"base_sha256": NO_MODEL, "num_examples": 0}
+            return
         self._worker.start()
         answer = self._worker.answer(POLL_SECONDS)
         while answer is None:
@@ -118,6 +123,7 @@ class Agent:
         in_hand = {name: task[name] for name in ("task_id", "attempt")} if task else None
         said = {**self._inventory, "facts": self._senses.facts(), "memory_bytes": memory}
         self._welcome = self._link.hello(said, in_hand)
+        report_heard()
         logger.info("hello device=%s status=%s", self._identity.device_id, self._welcome["status"])
         if self._welcome.get("task") == "drop":
             logger.info("task in hand is no longer wanted task=%s", in_hand)

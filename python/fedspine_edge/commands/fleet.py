@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from fedspine_edge.agent.enrolment import enrol
 from fedspine_edge.agent.identity import split_token
 from fedspine_edge.agent.link import UnreachableError, fetch_ca
 from fedspine_edge.agent.settings import AgentSettings
@@ -24,7 +25,6 @@ from fedspine_edge.atomic import write_bytes
 from fedspine_edge.commands import serve
 from fedspine_edge.commands.boards import Fleet
 from fedspine_edge.commands.experiment import shares_of
-from fedspine_edge.commands.join import join
 from fedspine_edge.commands.operate import OPERATOR_FILE, Operator
 from fedspine_edge.config import Experiment, load_table, settings_from
 from fedspine_edge.data import Example, load_examples, split
@@ -82,7 +82,7 @@ def up(config: str, directory: Path, *, num_devices: int | None, port: int, emul
             threads=1,
             slow_down=pace if emulate else 1.0,
         )
-        join(url, told["token"], state, agent, name=spec.device_id)
+        enrol(url, told["token"], state, agent, name=spec.device_id)
         operator.post(f"devices/{spec.device_id}/accept")
         processes.append(_started(directory, spec.device_id, ["-m", "fedspine_edge.agent", str(state)]))
         _remember(directory, processes)

@@ -1,0 +1,47 @@
+#!/bin/sh
+# What the kernel starts: loads modules, finds the slot that the boot entry names, lays memory over it, goes there.
+# Whatever fails here starts the machine again, so that after three times the boot loader takes the other slot.
+export PATH=/bin
+busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+
+die() {
+  echo "fedspine: $1; starting again in 5 seconds" >/dev/kmsg
+  sleep 5
+  reboot -f
+}
+
+while read -r module; do
+  insmod "/lib/modules/$module" 2>/dev/null
+done </etc/modules
+
+slot=
+for word in $(cat /proc/cmdline); do
+  case $word in fedspine.slot=*) slot=${word#fedspine.slot=} ;; esac
+done
+[ -n "$slot" ] || die "the kernel's line names no slot"
+
+device=
+for wait in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+  for event in /sys/class/block/*/uevent; do
+    if grep -qx "PARTNAME=root_$slot" "$event"; then
+      device=/dev/$(sed -n s/^DEVNAME=//p "$event")
+    fi
+  done
+  [ -z "$device" ] || break
+  sleep 1
+done
+[ -n "$device" ] || die "no partition root_$slot"
+
+mount -t squashfs -o ro "$device" /slot || die "root_$slot holds no root file system"
+mount -t tmpfs -o mode=0755,size=25% cow /cow || die "no memory for the upper layer"
+mkdir /cow/upper /cow/work
+mount -t overlay -o lowerdir=/slot,upperdir=/cow/upper,workdir=/cow/work root /root || die "no overlay"
+mkdir -p /root/run /root/proc /root/sys /root/dev
+mount --move /proc /root/proc
+mount --move /sys /root/sys
+mount --move /dev /root/dev
+exec switch_root /root /lib/systemd/systemd
+die "root_$slot has no systemd"

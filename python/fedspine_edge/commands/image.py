@@ -1,0 +1,52 @@
+"""`fedspine image`: device images built, checked, provisioned and written.
+
+Comes in: a board, an image, a disk. Goes out: files, and lines that say what was done.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedspine_edge.images import build as builder
+from fedspine_edge.images.board import source_tree
+
+MIB = 1 << 20
+
+
+def cache_folder() -> Path:
+    """Returns where packages and wheels are kept between builds."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "fedspine-edge" / "images"
+
+
+def build(
+    board: str, variant: str, *, out: Path | None, key: Path | None, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Builds an image; returns its manifest."""
+    cache = cache_folder()
+    order = builder.Order(
+        board,
+        variant,
+        out or Path("dist") / "images" / f"{board}-{variant}",
+        cache,
+        key or cache / "signing-key.private.pem",
+        builder.source_epoch(source_tree()),
+    )
+    return {**builder.build(order, tell=tell), "folder": str(order.out)}
+
+
+def build_text(found: dict[str, Any]) -> str:
+    """Returns a build's result for people."""
+    sizes = found["sizes"]
+    return (
+        f"image        {found['folder']}/{found['compressed']['file']}"
+        f" ({found['compressed']['num_bytes'] / 1e6:.0f} MB, {found['image']['num_bytes'] / 1e6:.0f} MB unpacked)\n"
+        f"root         {sizes['root.squashfs'] / 1e6:.0f} MB, kernel {sizes['linux'] / 1e6:.0f} MB,"
+        f" initial file system {sizes['initrd'] / 1e6:.1f} MB\n"
+        f"SHA-256      {found['image']['sha256']}\n"
+        f"verified on  {found['verified']}\n\n"
+        f"then         fedspine image provision {found['folder']}/{found['image']['file']} --server URL --token TOKEN"
+    )

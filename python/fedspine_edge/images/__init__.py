@@ -1,0 +1,1 @@
+"""Device images: built, checked, provisioned and written at the desk; nothing here runs on a board."""
