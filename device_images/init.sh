@@ -2,7 +2,6 @@
 # What the kernel starts: loads modules, finds the slot that the boot entry names, lays memory over it, goes there.
 # Whatever fails here starts the machine again, so that after three times the boot loader takes the other slot.
 export PATH=/bin
-busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev

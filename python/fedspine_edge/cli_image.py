@@ -62,3 +62,69 @@ def image_provision(
     told = Belonging(server, token, ca, name, wifi, passphrase or "", model, data, check_rounds, check_model)
     provision(image, told)
     typer.echo(f"{image} belongs to {server}; its device enrols when it starts")
+
+
+@image.command("verify")
+def image_verify(
+    image: Image,
+    *,
+    key: Annotated[Path | None, typer.Option(help="Public key one trusts; the one beside the image otherwise.")] = None,
+    json: Json = False,
+) -> None:
+    """Check an image's seal, partitions and root file system."""
+    from fedspine_edge.images.verify import verify
+
+    found = verify(image, key)
+    state = {None: "sealed", False: "as built", True: "as built but for its config partition"}[
+        found["found"]["provisioned"]
+    ]
+    trust = "" if found["found"]["trusted_key"] else "; who made it is not proved without --key"
+    typer.echo(json_module.dumps(found, indent=2) if json else f"{image}: {state}{trust}")
+
+
+@image.command("flash")
+def image_flash(
+    image: Image,
+    target: Annotated[Path, typer.Argument(help="A whole disk, e.g. /dev/sdb.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Write an image to a disk that nobody uses, and read it back."""
+    from fedspine_edge.images import flash
+
+    found = flash.plan(image, target)
+    typer.echo(found.text())
+    if not yes:
+        typer.confirm("write it?", abort=True)
+    with typer.progressbar(length=2 * found.num_bytes, label="writing, reading back") as bar:
+        digest = flash.write(found, tell=lambda done: bar.update(done - bar.pos))
+    typer.echo(f"written and read back, SHA-256 {digest}")
+
+
+@image.command("l4t")
+def image_l4t(
+    *,
+    board: Annotated[str, typer.Option(help="tx2, xavier-nx, agx-orin or orin-nano.")],
+    bsp: Annotated[Path, typer.Option(help="NVIDIA's Jetson_Linux_R..._aarch64.tbz2.")],
+    rootfs: Annotated[Path, typer.Option(help="NVIDIA's Tegra_Linux_Sample-Root-Filesystem_R..._aarch64.tbz2.")],
+    runtime: Annotated[Path, typer.Option(help="A generic image; its root file system becomes the runtime.")],
+    work: Annotated[Path, typer.Option(help="Where the tarballs are unpacked.")] = Path("jetson"),
+    config: Annotated[Path | None, typer.Option(help="fedspine.toml of the device.")] = None,
+    user: Annotated[str, typer.Option(help="The first user.")] = "fedspine",
+    host: Annotated[str, typer.Option(help="Name of the board.")] = "fedspine",
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="You have read NVIDIA's licence and accept it.")
+    ] = False,
+    massflash: Annotated[int, typer.Option(help="Boards at once.", min=0)] = 0,
+    execute: Annotated[bool, typer.Option("--execute", help="Run the commands instead of printing them.")] = False,
+) -> None:
+    """Flash a Jetson by NVIDIA's tools, with this runtime on it; prints every command."""
+    import os
+
+    from fedspine_edge.commands import image as command
+    from fedspine_edge.images.l4t import Wish
+
+    wish = Wish(board, bsp, rootfs, runtime, work.resolve(), config, user, host, accept_license, massflash)
+    # A hash, from the environment: a command line is everybody's to read. Without one the user has no password.
+    password = os.environ.get("FEDSPINE_PASSWORD_HASH", "!")
+    command.flash_jetson(wish, execute=execute, password_hash=password, tell=typer.echo)

@@ -6,11 +6,14 @@ Comes in: a board, an image, a disk. Goes out: files, and lines that say what wa
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedspine_edge.errors import ImageError
 from fedspine_edge.images import build as builder
+from fedspine_edge.images import l4t
 from fedspine_edge.images.board import source_tree
 
 MIB = 1 << 20
@@ -50,3 +53,35 @@ def build_text(found: dict[str, Any]) -> str:
         f"verified on  {found['verified']}\n\n"
         f"then         fedspine image provision {found['folder']}/{found['image']['file']} --server URL --token TOKEN"
     )
+
+
+def flash_jetson(wish: l4t.Wish, *, execute: bool, password_hash: str, tell: Callable[[str], None]) -> list[l4t.Step]:
+    """Prints the commands that flash a Jetson, or runs them one after another.
+
+    Args:
+        wish: What the user wants.
+        execute: Whether to run them.
+        password_hash: The first user's, as `mkpasswd` makes it; `!` for a user without a password.
+        tell: Is told each command before it runs.
+
+    Raises:
+        ImageError: One failed; those after it were not run.
+    """
+    steps = l4t.plan(wish, source_tree())
+    for number, step in enumerate(steps, 1):
+        tell(f"# {number}/{len(steps)} {step.why}\n{step.text()}")
+        if not execute:
+            continue
+        told = f"{wish.user}:{password_hash}\n".encode() if step.told else None
+        try:
+            done = subprocess.run(step.command, cwd=step.folder, input=told, check=False)
+        except OSError as error:
+            raise ImageError(
+                f"cannot run step {number}, {step.command[0]}: {error.strerror}", hint="as root?"
+            ) from error
+        if done.returncode != 0:
+            raise ImageError(
+                f"step {number} of {len(steps)}, {step.command[0]}, failed with exit code {done.returncode}",
+                hint="nothing after it was run; see what it said above",
+            )
+    return steps

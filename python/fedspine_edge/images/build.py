@@ -181,6 +181,7 @@ def _sealed(
         "verified": board.verified,
         "image": {"file": image.name, "num_bytes": image.stat().st_size, "sha256": manifest.file_sha256(image)},
         "compressed": {"file": packed.name, "num_bytes": packed.stat().st_size},
+        "partitions": {part.name: disk.partition_sha256(image, part) for part in disk.partitions(image)},
         "sizes": sizes,
         "debian": {deb.name: deb.version for deb in parts.all_debs()},
         "wheels": [path.name for path in parts.own],

@@ -14,8 +14,9 @@ Source: UAPI boot loader specification, discoverable partitions specification; m
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
+import struct
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 from fedspine_edge.errors import ImageError
 from fedspine_edge.images.host_tools import run
 
-MIB = 1 << 20
+MIB, SECTOR = 1 << 20, 512
 NAMESPACE = uuid.UUID("5c1e1e5e-fed5-4b1e-9d6e-0c5b1a6e57a1")
 ESP_TYPE = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 ROOT_TYPE = "B921B045-1DF0-41C3-AF44-4C6F280D3FAE"
@@ -157,16 +158,36 @@ def partitions(image: Path) -> list[Partition]:
         ImageError: It has no partition table.
     """
     try:
-        table = json.loads(run(["sfdisk", "--json", image]))["partitiontable"]
-    except (ImageError, ValueError, KeyError) as error:
+        with image.open("rb") as file:
+            file.seek(SECTOR)
+            header = file.read(SECTOR)
+            signature, table, count, size = struct.unpack_from("<8s64xQII", header)
+            if signature != b"EFI PART" or not 128 <= size <= SECTOR or count > 128:
+                raise ValueError("no partition table")
+            file.seek(table * SECTOR)
+            entries = [file.read(size) for _ in range(count)]
+    except (OSError, ValueError, struct.error) as error:
         raise ImageError(
             f"expected a disk image in {image}, found: {error}", hint="unpack it first: zstd -d IMAGE.img.zst"
         ) from error
-    sector = int(table.get("sectorsize", 512))
-    return [
-        Partition(entry.get("name", ""), entry["start"] * sector, entry["size"] * sector)
-        for entry in table["partitions"]
-    ]
+    found = []
+    for entry in entries:
+        first, last = struct.unpack_from("<QQ", entry, 32)
+        if any(entry[:16]):
+            name = entry[56:128].decode("utf-16-le", errors="replace").rstrip("\0")
+            found.append(Partition(name, first * SECTOR, (last - first + 1) * SECTOR))
+    return found
+
+
+def partition_sha256(image: Path, found: Partition) -> str:
+    """Returns the hash of a partition's content."""
+    digest, left = hashlib.sha256(), found.num_bytes
+    with image.open("rb") as file:
+        file.seek(found.start)
+        while left and (block := file.read(min(MIB, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
 
 
 def partition(image: Path, name: str) -> Partition:

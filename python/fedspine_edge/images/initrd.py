@@ -16,6 +16,8 @@ from fedspine_edge.errors import ImageError
 
 DIRECTORY, FILE, LINK = 0o040755, 0o100000, 0o120777
 FOLDERS = ("bin", "cow", "dev", "etc", "lib", "lib/modules", "proc", "root", "slot", "sys")
+APPLETS = ("cat", "grep", "insmod", "mkdir", "mount", "reboot", "sed", "sh", "sleep", "switch_root")
+"""What `device_images/init.sh` calls."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def initrd(busybox: bytes, script: bytes, modules: Mapping[str, bytes]) -> bytes
     entries = {name: Entry(DIRECTORY) for name in FOLDERS}
     entries["init"] = Entry(FILE | 0o755, script)
     entries["bin/busybox"] = Entry(FILE | 0o755, busybox)
-    entries["bin/sh"] = Entry(LINK, b"busybox")
+    entries |= {f"bin/{name}": Entry(LINK, b"busybox") for name in APPLETS}
     entries |= {f"lib/modules/{name}": Entry(FILE | 0o644, content) for name, content in modules.items()}
     entries["etc/modules"] = Entry(FILE | 0o644, "".join(f"{name}\n" for name in modules).encode())
     return gzip.compress(newc(entries), compresslevel=9, mtime=0)

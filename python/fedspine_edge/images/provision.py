@@ -110,7 +110,7 @@ def _wifi(ssid: str, passphrase: str) -> dict[str, str]:
         raise UsageError(f"expected a Wi-Fi name of 1 to {LONGEST_SSID} bytes, found {len(ssid.encode())}")
     if passphrase and not SHORTEST_PASSPHRASE <= len(passphrase) <= LONGEST_PASSPHRASE:
         raise UsageError(
-            f"expected a passphrase of {SHORTEST_PASSPHRASE} to {LONGEST_PASSPHRASE} characters, found {len(passphrase)}"
+            f"expected {SHORTEST_PASSPHRASE} to {LONGEST_PASSPHRASE} characters of passphrase, found {len(passphrase)}"
         )
     return {"ssid": ssid, "psk": passphrase}
 
@@ -164,5 +164,5 @@ def _copy(drive: str, source: Path, target: str) -> None:
     except ImageError as error:
         raise ImageError(
             f"cannot copy {source} to the config partition: {error}",
-            hint="config_mib in the board's file is its size; larger models belong into the image or on the data partition",
+            hint="config_mib in the board's file is its size",
         ) from error
