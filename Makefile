@@ -9,6 +9,8 @@
 #   make test-fuzz-nightly        the same nonsense, fifty times as much: half an hour
 #   make test-engines             the same rounds in process, over HTTPS, over Flower and on Ray: one adapter, four costs
 #   make test-page                the fleet page in a browser with a fleet of real agents; as root it installs what it needs
+#   make image                    an image of the agent for any UEFI AArch64 machine, into dist/images; VARIANT=full with the worker
+#   make test-images              the same started in an emulated machine: enrols, runs a pruned model, powers off
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -17,6 +19,7 @@
 #           WHEELS=DIR          where the compiled llama.cpp wheel is kept between clones
 
 PYTHON ?= python3
+VARIANT ?= agent
 TORCH_INDEX ?=
 WHEELS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/fedspine-edge/wheels
 VENV := .venv
@@ -31,7 +34,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines test-page test-page-nightly lint bench clean
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines test-page test-page-nightly test-images lint image bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -77,6 +80,13 @@ test-page: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
 
 test-page-nightly: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
 	FEDSPINE_PAGE_SECONDS=600 $(RUN) $(BIN)/python -m pytest -rP -m page -k smooth tests/edge/test_fleet_page.py
+
+image: $(VENV)/.installed $(VENV)/.dev
+	sh device_images/tools.sh
+	$(BIN)/fedspine image build --variant $(VARIANT)
+
+test-images: image
+	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m images tests/images
 
 lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .

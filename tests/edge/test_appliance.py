@@ -1,0 +1,103 @@
+"""The slots of a board and its Wi-Fi, on files in the place of partitions."""
+
+import contextlib
+import hashlib
+
+import pytest
+
+from fedspine_edge.appliance import slots, wifi
+from fedspine_edge.errors import CheckpointError, UsageError
+
+ENTRY = (
+    "title x\nsort-key fedspine\nversion 1\nlinux /slot-a/linux\ninitrd /slot-a/initrd\noptions fedspine.slot=a quiet\n"
+)
+ROOT = b"hsqs" + bytes(36) + (5000).to_bytes(8, "little") + bytes(48) + b"r" * 5000
+
+
+@pytest.fixture
+def board(tmp_path):
+    efi = tmp_path / "efi"
+    (efi / "loader/entries").mkdir(parents=True)
+    (efi / "slot-a").mkdir()
+    for name in ("linux", "initrd"):
+        (efi / "slot-a" / name).write_bytes(name.encode())
+    (efi / "loader/entries/slot-a.conf").write_text(ENTRY)
+    devices = {slot: tmp_path / f"root_{slot}" for slot in "ab"}
+    for device in devices.values():
+        device.write_bytes(bytes(8192))
+    devices["a"].write_bytes(ROOT)
+    return slots.Board("a", efi, devices)
+
+
+def names(board):
+    return sorted(path.name for path in (board.efi / "loader/entries").iterdir())
+
+
+def test_a_spare_is_the_running_slot_with_a_lower_version_and_three_tries(board):
+    slots.keep_spare(board)
+    assert names(board) == ["slot-a.conf", "slot-b+3.conf"]
+    text = (board.efi / "loader/entries/slot-b+3.conf").read_text()
+    assert "version 0\n" in text
+    assert "options fedspine.slot=b quiet\n" in text
+    assert board.devices["b"].read_bytes()[:5000] == ROOT[:5000]
+    assert (board.efi / "slot-b/linux").read_bytes() == b"linux"
+
+
+def test_a_spare_that_is_there_is_left_alone(board):
+    (board.efi / "loader/entries/slot-b+2-1.conf").write_text("version 7\n")
+    slots.keep_spare(board)
+    assert names(board) == ["slot-a.conf", "slot-b+2-1.conf"]
+    assert board.devices["b"].read_bytes() == bytes(8192)
+
+
+@pytest.mark.parametrize("cut", range(8))
+def test_a_power_cut_at_any_write_leaves_the_running_slot_and_no_half_written_one(board, monkeypatch, cut):
+    old = board.efi / "loader/entries/slot-b.conf"
+    old.write_text("version 0\n")
+    sync, left = slots.os.fsync, [cut]
+
+    def fsync(descriptor):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        sync(descriptor)
+
+    monkeypatch.setattr(slots.os, "fsync", fsync)
+    source = board.efi / "slot-a"
+    with contextlib.suppress(KeyboardInterrupt):
+        slots.fill(board, board.devices["a"], source / "linux", source / "initrd", version=2)
+    assert "slot-a.conf" in names(board)
+    bootable = [name for name in names(board) if name.startswith("slot-b") and name.endswith(".conf")]
+    if bootable == ["slot-b+3.conf"]:
+        found = hashlib.sha256(board.devices["b"].read_bytes()[:5000]).digest()
+        assert found == hashlib.sha256(ROOT[:5000]).digest()
+        assert (board.efi / "slot-b/initrd").read_bytes() == b"initrd"
+    else:
+        assert bootable == []
+
+
+def test_a_partition_that_reads_back_otherwise_gets_no_boot_entry(board, monkeypatch):
+    monkeypatch.setattr(slots, "_digest", lambda path, num_bytes: "other")
+    with pytest.raises(CheckpointError, match="read something else back"):
+        slots.keep_spare(board)
+    assert names(board) == ["slot-a.conf"]
+
+
+def test_what_is_no_root_file_system_is_refused(board):
+    board.devices["a"].write_bytes(bytes(8192))
+    with pytest.raises(CheckpointError, match="expected a squashfs"):
+        slots.keep_spare(board)
+
+
+def test_wifi_names_and_keys_are_hex_so_that_no_character_has_a_meaning():
+    # IEEE 802.11i, annex H.4: the key of "password" for "IEEE".
+    text = wifi.settings_text("IEEE", "password")
+    assert "ssid=49454545\n" in text
+    assert "psk=f42c6fc52df0ebef9ebb4b90b38a5f902e83fe1b135a70e23aed762e9710a12e\n" in text
+    assert "key_mgmt=NONE" in wifi.settings_text('a"\n}', "")
+
+
+def test_a_file_without_wifi_says_so(tmp_path):
+    (tmp_path / "fedspine.toml").write_text("[server]\n")
+    with pytest.raises(UsageError, match=r"expected \[wifi\]"):
+        wifi.write_settings(tmp_path / "fedspine.toml", tmp_path / "wpa.conf")

@@ -1,0 +1,6 @@
+"""Models of the device package's tests serve here too."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "edge"))
