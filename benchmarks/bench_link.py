@@ -230,12 +230,12 @@ def idle_agent(folder: Path) -> dict[str, Any]:
     """The real agent of an enrolled board without a task; its worker is another process, and not counted."""
     import psutil
 
+    from fedspine_edge.agent.enrolment import enrol
     from fedspine_edge.agent.settings import AgentSettings
-    from fedspine_edge.agent.enrolment import enrol as join
 
     with served(folder / "server", []) as server:
         state = folder / "board"
-        join(server.url, server.token, state, AgentSettings(model="minilm-l6", data="trec6", threads=1), name="board")
+        enrol(server.url, server.token, state, AgentSettings(model="minilm-l6", data="trec6", threads=1), name="board")
         operator = server.operator()
         operator.post("devices/board/accept")
         process = subprocess.Popen([sys.executable, "-m", "fedspine_edge.agent", str(state)], stderr=subprocess.DEVNULL)
@@ -258,8 +258,8 @@ def idle_agent(folder: Path) -> dict[str, Any]:
 
 def enrol_to_first_task(folder: Path) -> float:
     """Seconds from a board's `join`, accepted at once, to its first task: real agent, worker, model and data."""
+    from fedspine_edge.agent.enrolment import enrol
     from fedspine_edge.agent.settings import AgentSettings
-    from fedspine_edge.commands.join import join
     from fedspine_edge.commands.start_run import run_request
 
     with served(folder / "server", []) as server:
@@ -268,7 +268,7 @@ def enrol_to_first_task(folder: Path) -> float:
         request["options"]["min_devices"] = 1
         operator.post("runs", request)
         begin = time.monotonic()
-        join(server.url, server.token, state, AgentSettings(model="minilm-l6", data="trec6", threads=1), name="board")
+        enrol(server.url, server.token, state, AgentSettings(model="minilm-l6", data="trec6", threads=1), name="board")
         operator.post("devices/board/accept")
         process = subprocess.Popen([sys.executable, "-m", "fedspine_edge.agent", str(state)], stderr=subprocess.DEVNULL)
         try:

@@ -20,8 +20,8 @@ import pytest
 from page_world import agent_process, browser, free_port, long_run, real_fleet, seconds_until, start_agent
 from tiny import questions
 
+from fedspine_edge.agent.enrolment import enrol
 from fedspine_edge.agent.settings import AgentSettings
-from fedspine_edge.commands.join import join
 from fedspine_edge.commands.operate import Operator
 from fedspine_edge.commands.page import open_page
 from fedspine_edge.commands.start_run import run_request
@@ -89,7 +89,7 @@ def serious(page):
 def test_an_event_shows_on_the_page_soon_and_a_device_is_let_in_and_shut_out_from_it(signed_in, fleet):
     page, name = signed_in, "orin-nx-3"
     settings = AgentSettings(model=str(fleet["model"]), data=str(fleet["data"]), threads=1)
-    join(fleet["url"], fleet["token"], fleet["directory"] / "devices" / name, settings, name=name)
+    enrol(fleet["url"], fleet["token"], fleet["directory"] / "devices" / name, settings, name=name)
     seconds = seconds_until(lambda: page.locator(f"#pending-{name}").count(), 10)
     show(f"an enrolled device shows after {seconds:.2f} s")
     assert seconds < 5
