@@ -155,12 +155,13 @@ def p99_ms(values: list[float]) -> float:
     return 1e3 * statistics.quantiles(values, n=100)[98]
 
 
-def rounds_of(folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    """`count` light devices in trivial rounds."""
+def rounds_of(folder: Path, count: int, rounds: int, *, reports: bool = True) -> dict[str, Any]:
+    """`count` light devices in trivial rounds, with or without a report of progress in each."""
     with served(folder / "server", names(count)) as server:
         start_run(server, "trivial", small_layout(), rounds=rounds, rank=4, devices=count)
         before, begin = server.cpu_seconds(), time.monotonic()
-        seconds = finish(start_light_devices(server, folder, count=count, idle=False, rounds=rounds, seconds=0))
+        request = {"count": count, "idle": False, "rounds": rounds, "seconds": 0, "reports": reports}
+        seconds = finish(start_light_devices(server, folder, **request))
         operator = server.operator()
         while operator.get("runs/trivial")["status"] != "finished":
             assert time.monotonic() - begin < ROUNDS_SECONDS, operator.get("runs/trivial")

@@ -50,16 +50,22 @@ class Device:
 
     def task(self, wait_seconds: float) -> dict[str, Any] | None:
         """Returns a task, None when there is none for so long."""
-        from fedspine_edge.agent.tasks import checked_task
+        from fedspine_edge.agent.tasks import checked_task, inline_message
 
         reply = self._link.task(wait_seconds)
-        return None if reply is None else checked_task(reply)
+        if reply is None:
+            return None
+        task = checked_task(reply)
+        return {**task, "message": inline_message(reply, task)}
 
     def download(self, task: Mapping[str, Any], folder: Path) -> Path:
         """Returns the file of a task's message."""
         path = folder / "task"
         path.unlink(missing_ok=True)
-        self.timed("download", task["blob"]["sha256"], task["blob"]["num_bytes"], path)
+        if task["message"] is None:
+            self.timed("download", task["blob"]["sha256"], task["blob"]["num_bytes"], path)
+        else:
+            path.write_bytes(task["message"])
         return path
 
     def frame(self, task: Mapping[str, Any], blob: Path, path: Path) -> dict[str, Any]:
@@ -85,12 +91,12 @@ class Device:
 
     def send(self, task: Mapping[str, Any], manifest: Mapping[str, Any], path: Path) -> None:
         """Sends an update, which the server has to keep."""
-        self.timed("upload", task, path)
-        reply = self.timed("result", task["task_id"], manifest)
+        content = self.timed("upload", task, path)
+        reply = self.timed("result", task["task_id"], {**manifest, **content})
         assert reply["fate"] == "kept", reply
 
-    def take_part(self, rounds: int, folder: Path) -> None:
-        """Does so many tasks."""
+    def take_part(self, rounds: int, folder: Path, *, reports: bool) -> None:
+        """Does so many tasks, and reports progress once in each where a real one would have to work that long."""
         folder = folder / self.device_id
         folder.mkdir()
         self.hello()
@@ -101,7 +107,8 @@ class Device:
             blob = self.download(task, folder)
             path = folder / "update"
             manifest = self.frame(task, blob, path)
-            self.timed("progress", task["task_id"], {"attempt": task["attempt"]})
+            if reports:
+                self.timed("progress", task["task_id"], {"attempt": task["attempt"]})
             self.send(task, manifest, path)
 
     def stand_by(self, until: float) -> None:
@@ -121,7 +128,10 @@ def light_devices(request: Mapping[str, Any]) -> None:
 
     def run(device: Device) -> None:
         try:
-            device.stand_by(until) if request["idle"] else device.take_part(request["rounds"], folder)
+            if request["idle"]:
+                device.stand_by(until)
+            else:
+                device.take_part(request["rounds"], folder, reports=request["reports"])
         except Exception as error:  # noqa: BLE001 - told to who waits
             failures.append(f"{device.device_id}: {error!r}")
 

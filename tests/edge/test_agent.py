@@ -1,5 +1,7 @@
 """The agent by itself: what it keeps, what it refuses, what it reports, and how little it is while it waits."""
 
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -21,7 +23,7 @@ from fedspine_edge.agent.link import DismissedError, UnreachableError
 from fedspine_edge.agent.loop import LONGEST_BACKOFF_SECONDS, Agent
 from fedspine_edge.agent.senses import Senses
 from fedspine_edge.agent.settings import AgentSettings, load_settings, save_settings
-from fedspine_edge.agent.tasks import checked_task
+from fedspine_edge.agent.tasks import checked_task, inline_message
 from fedspine_edge.agent.worker_process import WorkerProcess
 from fedspine_edge.errors import CheckpointError, IncompatibleError, LinkError, UsageError
 from fedspine_edge.systemd import Pulse, notify
@@ -75,6 +77,22 @@ def test_a_task_of_known_fields_is_taken_and_an_unknown_field_is_left_out():
 def test_a_task_with_a_field_that_is_not_what_it_must_be_is_refused(field, value):
     with pytest.raises(IncompatibleError, match="expected"):
         checked_task({**TASK, field: value})
+
+
+def test_a_message_that_came_with_its_task_is_kept_before_the_task_and_a_damaged_one_is_fetched(tmp_path):
+    message = b"a small message"
+    sha256 = hashlib.sha256(message).hexdigest()
+    blob = {"sha256": sha256, "num_bytes": len(message), "message_bytes": 20}
+    reply = {**TASK, "blob": {**blob, "content": base64.b64encode(message).decode()}}
+    task = checked_task(reply)
+    journal = Journal(tmp_path)
+    journal.begin(task, inline_message(reply, task))
+    assert (journal.inbox / sha256).read_bytes() == message
+    assert journal.task() == task
+    assert "content" not in task["blob"]
+    for content in (None, 7, "%%%", base64.b64encode(b"other").decode()):
+        assert inline_message({**TASK, "blob": {**blob, "content": content}}, task) is None
+    assert checked_task(TASK)["inline_bytes"] == 0  # of a server that takes no update within a result
 
 
 def test_the_identity_is_readable_by_its_owner_alone_and_comes_back(tmp_path):

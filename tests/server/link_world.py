@@ -34,7 +34,10 @@ from fedspine_server.page.sessions import new_password
 from fedspine_server.settings import RunSettings
 
 BASE = hashlib.sha256(b"toy").hexdigest()
-QUICK = LinkSettings(tick_seconds=0.02, wait_seconds=5.0, progress_seconds=0.2, chunk_bytes=1 << 10, enroll_tries=1000)
+# Toy messages are small: nothing inline, so that they take the way of large ones.
+QUICK = LinkSettings(
+    tick_seconds=0.02, wait_seconds=5.0, progress_seconds=0.2, chunk_bytes=1 << 10, inline_bytes=0, enroll_tries=1000
+)
 
 
 @dataclasses.dataclass
@@ -126,8 +129,8 @@ class ToyDevice:
     def send(self, task: dict[str, Any], frame: bytes, folder: Path) -> dict[str, Any]:
         path = folder / f"{self.identity.device_id}.update"
         path.write_bytes(frame)
-        self.link.upload(task, path)
-        return self.link.result(task["task_id"], manifest(task, frame))
+        content = self.link.upload(task, path)
+        return self.link.result(task["task_id"], manifest(task, frame) | content)
 
     def work(
         self, task: dict[str, Any], folder: Path, change: Callable[[Update], Update] = lambda update: update

@@ -1,5 +1,6 @@
 """Rounds over real sockets with toy devices: whole runs, and everything that may come between."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -12,11 +13,13 @@ import toy
 from link_world import ToyDevice, manifest, served, start_run, toy_layout, until
 
 from fedspine_edge.agent.link import DismissedError, Link, NotTakenError
-from fedspine_edge.protocol import pack, to_bytes
+from fedspine_edge.agent.tasks import checked_task, inline_message
+from fedspine_edge.protocol import assignment_from_bytes, pack, to_bytes, unpack
 from fedspine_server import coordinator
 from fedspine_server.fleet import FleetSettings, make_specs, run_fleet
 from fedspine_server.link import runs
 from fedspine_server.link.devices import set_status
+from fedspine_server.link.hub import LinkSettings
 from fedspine_server.link.sweeping import sweep
 from fedspine_server.link.tables import REVOKED
 from fedspine_server.state import adapter_sha256
@@ -120,6 +123,30 @@ def test_a_result_sent_twice_counts_once_and_gets_the_same_answer(world, setting
     until(lambda: run_view(world).round_index == 1)
     assert kinds(world).count("result_kept") == 1
     assert merged(world, 0) == ["a"]
+
+
+def test_small_messages_travel_within_task_and_result_and_nothing_else_is_called(tmp_path, settings):
+    with served(tmp_path / "server", LinkSettings(tick_seconds=0.02)) as world:
+        device = ToyDevice(world, "a")
+        device.hello()
+        start_run(world, settings, min_devices=1)
+        reply = until(lambda: device.link.task(1.0))
+        task = checked_task(reply)
+        message = inline_message(reply, task)
+        path = tmp_path / "a.blob"
+        path.write_bytes(message)
+        device.link.download = None  # neither this call nor an upload's is made
+        device.link._put = None
+        own = {name: task[name] for name in ("device_id", "pruning_ratio", "num_steps", "seed")}
+        asked = assignment_from_bytes(unpack(message, max_bytes=task["blob"]["message_bytes"]))
+        update = toy.tune_one(toy_layout(), dataclasses.replace(asked, **own), 10)
+        frame = pack(to_bytes(update))
+        lie = {**manifest(task, frame), "content": base64.b64encode(frame[:-1]).decode()}
+        with pytest.raises(NotTakenError, match="content of the announced hash and length"):
+            device.link.result(task["task_id"], lie)
+        assert device.send(task, frame, tmp_path)["fate"] == "kept"
+        until(lambda: run_view(world).round_index == 1)
+        assert merged(world, 0) == ["a"]
 
 
 def test_a_restarted_device_goes_on_with_its_task_and_the_old_boot_is_sent_away(world, settings, tmp_path):

@@ -38,8 +38,10 @@ class Journal:
         """Returns the task in hand, None when there is none."""
         return _read(self._task)
 
-    def begin(self, task: Mapping[str, Any]) -> None:
-        """Keeps a task before any work on it."""
+    def begin(self, task: Mapping[str, Any], message: bytes | None = None) -> None:
+        """Keeps a task before any work on it, and its message if that came with it."""
+        if message is not None:
+            write_bytes(self.inbox / task["blob"]["sha256"], message)
         _write(self._task, task)
 
     def result(self) -> dict[str, Any] | None:

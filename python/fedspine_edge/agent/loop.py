@@ -20,7 +20,7 @@ from fedspine_edge.agent.journal import Journal
 from fedspine_edge.agent.link import DismissedError, Link, NotTakenError, UnreachableError
 from fedspine_edge.agent.senses import Senses, total_memory_bytes
 from fedspine_edge.agent.settings import AgentSettings
-from fedspine_edge.agent.tasks import checked_task, own_part
+from fedspine_edge.agent.tasks import checked_task, inline_message, own_part
 from fedspine_edge.agent.worker_process import WorkerProcess
 from fedspine_edge.errors import CheckpointError, IncompatibleError, LinkError
 from fedspine_edge.systemd import report_heard
@@ -159,11 +159,11 @@ class Agent:
                 raise UnreachableError(f"{error}: agent and server do not understand each other") from error
             self._deliver(task, self._failed(task, f"task not understood: {error}; upgrade the older side"))
             return
-        self._begin(task)
+        self._begin(task, inline_message(reply, task))
 
-    def _begin(self, task: Mapping[str, Any]) -> None:
+    def _begin(self, task: Mapping[str, Any], message: bytes | None) -> None:
         try:
-            self._journal.begin(task)
+            self._journal.begin(task, message)
         except CheckpointError as error:
             self._deliver(task, self._failed(task, str(error)))
 
@@ -279,8 +279,8 @@ class Agent:
         try:
             if manifest.get("sha256") is not None:
                 start = time.monotonic()
-                self._link.upload(task, self._journal.update_path)
-                manifest = {**manifest, "upload_seconds": time.monotonic() - start}
+                manifest = {**manifest, **self._link.upload(task, self._journal.update_path)}
+                manifest["upload_seconds"] = time.monotonic() - start
             reply = self._link.result(task["task_id"], manifest)
             logger.info("task over task=%s fate=%s detail=%s", task["task_id"], reply["fate"], reply["detail"])
         except NotTakenError as error:

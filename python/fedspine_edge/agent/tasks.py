@@ -6,6 +6,8 @@ could lead out of the device's own directory.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -42,6 +44,8 @@ def checked_task(reply: Mapping[str, Any]) -> dict[str, Any]:
                 "message_bytes": _count(blob, "message_bytes", MAX_BYTES),
             },
             "recipe": _recipe(recipe),
+            # An older server has no such field.
+            "inline_bytes": _count({"inline_bytes": 0, **reply}, "inline_bytes", MAX_BYTES),
         }
     except (KeyError, TypeError) as error:
         raise IncompatibleError(
@@ -50,6 +54,18 @@ def checked_task(reply: Mapping[str, Any]) -> dict[str, Any]:
     if not task["chunk_bytes"] or not task["num_steps"] or not task["rank"]:
         raise IncompatibleError("expected chunk_bytes, num_steps and rank of at least 1, found 0")
     return task
+
+
+def inline_message(reply: Mapping[str, Any], task: Mapping[str, Any]) -> bytes | None:
+    """Returns the message that came within a checked task; None where it must be fetched."""
+    found, blob = reply["blob"].get("content"), task["blob"]
+    if not isinstance(found, str):
+        return None
+    try:
+        content = base64.b64decode(found, validate=True)
+    except ValueError:
+        return None
+    return content if hashlib.sha256(content).hexdigest() == blob["sha256"] else None
 
 
 def own_part(reply: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ processes may serve one fleet, and any of them may die.
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from fedspine_edge.errors import CheckpointError
 from fedspine_server import store
 from fedspine_server.link.blobs import BlobStore
 from fedspine_server.link.credentials import KnownTokens, RateLimit
@@ -26,6 +28,7 @@ from fedspine_server.link.tables import EventRow
 from fedspine_server.state import RunState
 
 CACHED_STATES = 4
+CACHED_MESSAGES = 64  # small ones
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class LinkSettings:
         progress_seconds: How often a device at work reports.
         wait_seconds: Longest long poll.
         chunk_bytes: Size of an upload's chunks; the last may be smaller.
+        inline_bytes: A message or update of at most so much travels within its task or result, not in calls of its own.
         tick_seconds: How often runs are looked after when nothing happens.
         enroll_tries: Enrolments in a row from one address.
         enroll_seconds: After how long one more is allowed.
@@ -47,6 +51,7 @@ class LinkSettings:
     progress_seconds: float = 10.0
     wait_seconds: float = 25.0
     chunk_bytes: int = 2 << 20
+    inline_bytes: int = 32 << 10
     tick_seconds: float = 0.5
     enroll_tries: int = 20
     enroll_seconds: float = 3.0
@@ -124,6 +129,7 @@ class Hub:
     def __post_init__(self) -> None:
         self.enrollments = RateLimit(self.settings.enroll_tries, self.settings.enroll_seconds)
         self._load = functools.lru_cache(CACHED_STATES)(self._read_state)
+        self._read_small = functools.lru_cache(CACHED_MESSAGES)(self._as_base64)
 
     def state(self, sha256: str) -> RunState:
         """Returns a coordinator's state by the hash of its blob.
@@ -133,6 +139,18 @@ class Hub:
             KeyError: There is none.
         """
         return self._load(sha256)
+
+    def inline(self, sha256: str, num_bytes: int) -> str | None:
+        """Returns a small blob in base64; None for one that is large or damaged, which the device then asks for."""
+        if num_bytes > self.settings.inline_bytes:
+            return None
+        try:
+            return self._read_small(sha256)
+        except (CheckpointError, KeyError, OSError):
+            return None
+
+    def _as_base64(self, sha256: str) -> str:
+        return base64.b64encode(self.blobs.read(sha256)).decode()
 
     def _read_state(self, sha256: str) -> RunState:
         return store.from_bytes(self.blobs.read(sha256))

@@ -5,6 +5,7 @@ Comes in: JSON from outside. Goes out: typed, bounded values; anything else is a
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -120,15 +121,19 @@ class Recipe(Message):
 
 
 class BlobRef(Message):
-    """A blob to fetch: a zstd frame of `message_bytes` bytes once unpacked."""
+    """A zstd frame of `message_bytes` bytes once unpacked: here, in base64, when it is small, else a blob to fetch."""
 
     sha256: Sha256
     num_bytes: int
     message_bytes: int
+    content: str | None = None
 
 
 class Task(Message):
-    """One assignment: what is the device's own here, the rest in a blob that devices share."""
+    """One assignment: what is the device's own here, the rest in a blob that devices share.
+
+    An update of at most `inline_bytes` may come within its result, without an upload.
+    """
 
     task_id: TaskId
     attempt: int
@@ -145,6 +150,7 @@ class Task(Message):
     lease_seconds: float
     deadline_seconds: float | None
     chunk_bytes: int
+    inline_bytes: int
     max_update_bytes: int
 
 
@@ -169,11 +175,12 @@ class ProgressReply(Message):
 
 
 class TaskResult(Message):
-    """The end of a task: an upload to be taken, or the reason why there is none."""
+    """The end of a task: its update, in base64 or uploaded before, or the reason why there is none."""
 
     attempt: Count
     sha256: Sha256 | None = None
     num_bytes: Count = 0
+    content: Base64Bytes | None = None
     download_seconds: Seconds = 0.0
     upload_seconds: Seconds = 0.0
     failure: Words | None = None
@@ -182,7 +189,13 @@ class TaskResult(Message):
     def _one_of_both(self) -> TaskResult:
         if (self.sha256 is None) == (self.failure is None):
             raise ValueError("expected either sha256 or failure")
+        if self.content is not None and self._announced() != (self.sha256, self.num_bytes):
+            raise ValueError("expected content of the announced hash and length")
         return self
+
+    def _announced(self) -> tuple[str, int]:
+        assert self.content is not None
+        return hashlib.sha256(self.content).hexdigest(), len(self.content)
 
 
 class ResultReply(Message):

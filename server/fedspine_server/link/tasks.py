@@ -106,10 +106,16 @@ def _message(hub: Hub, task: TaskRow, run: RunRow) -> Task:
         seed=spec["seed"],
         base_sha256=run.base_sha256,
         recipe=Recipe.model_validate(run.recipe),
-        blob=BlobRef(sha256=task.blob_sha256, num_bytes=task.blob_bytes, message_bytes=spec["message_bytes"]),
+        blob=BlobRef(
+            sha256=task.blob_sha256,
+            num_bytes=task.blob_bytes,
+            message_bytes=spec["message_bytes"],
+            content=hub.inline(task.blob_sha256, task.blob_bytes),
+        ),
         lease_seconds=hub.settings.lease_seconds,
         deadline_seconds=spec["deadline_seconds"],
         chunk_bytes=hub.settings.chunk_bytes,
+        inline_bytes=hub.settings.inline_bytes,
         max_update_bytes=task.max_update_bytes,
     )
 
@@ -177,14 +183,18 @@ def result(hub: Hub, device_id: str, task_id: str, message: TaskResult) -> Resul
 
 
 def _malformed(hub: Hub, message: TaskResult, upload: str, max_bytes: int) -> str | None:
-    """Makes a blob of the upload; returns why it is no update, None when it is one. Its content is judged later."""
+    """Makes a blob of what came; returns why it is no update, None when it is one. Its content is judged later."""
     assert message.sha256 is not None
     try:
-        hub.blobs.finish_upload(upload, message.sha256, message.num_bytes)
+        if message.content is None:
+            hub.blobs.finish_upload(upload, message.sha256, message.num_bytes)
+        else:
+            hub.blobs.put(message.content)
     except IncompatibleError as error:
         raise HTTPException(425, f"{error}: send the upload again") from error
+    frame = hub.blobs.read(message.sha256) if message.content is None else message.content
     try:
-        update_from_bytes(unpack(hub.blobs.read(message.sha256), max_bytes=max_bytes))
+        update_from_bytes(unpack(frame, max_bytes=max_bytes))
     except IncompatibleError as error:
         return str(error)[:500]
     return None

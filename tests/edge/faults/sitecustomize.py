@@ -65,7 +65,8 @@ def watch(folder, plan, index):
 def small_chunks():
     from fedspine_server.link import hub
 
-    settings = hub.LinkSettings(chunk_bytes=4096, progress_seconds=0.02, wait_seconds=5.0, tick_seconds=0.1)
+    sizes = {"chunk_bytes": 4096, "inline_bytes": 0}
+    settings = hub.LinkSettings(**sizes, progress_seconds=0.02, wait_seconds=5.0, tick_seconds=0.1)
     hub.open_hub = functools.partial(hub.open_hub, settings=settings)
 
 
