@@ -6,12 +6,12 @@ Comes in: a URL. Goes out: sessions that read, and sessions that write everythin
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, select, text
+from sqlalchemy import Connection, Engine, Executable, Row, create_engine, event, select, text
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session
 
@@ -50,6 +50,7 @@ class Database:
         if self._lite:
             _prepare_sqlite(self._engine)
         self._writing = self._engine.execution_options(fedspine_writes=True)
+        self._asking = self._engine.execution_options(fedspine_asks=True)
         # Threads that wait for SQLite's own lock poll it; here they sleep until it is theirs.
         self._turn: AbstractContextManager[object] = threading.Lock() if self._lite else nullcontext()
         self._open()
@@ -78,6 +79,11 @@ class Database:
         if self._lite:
             return FileWheel(Path(f"{self._engine.url.database}.driver"))
         return SessionWheel(self._engine)
+
+    def rows(self, statement: Executable, **values: Any) -> Sequence[Row[Any]]:
+        """Returns what one statement finds, which sees one moment by itself: no transaction around it, no objects."""
+        with self._asking.connect() as connection:
+            return connection.execute(statement, values).all()
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -108,5 +114,6 @@ def _prepare_sqlite(engine: Engine) -> None:
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("fedspine_writes", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        options = connection.get_execution_options()
+        if not options.get("fedspine_asks", False):
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get("fedspine_writes", False) else "BEGIN")

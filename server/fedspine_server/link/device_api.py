@@ -166,8 +166,8 @@ def _check_chunk(hub: Hub, device_id: str, task_id: str, index: int, attempt: in
         task = tasks.own_task(session, device_id, task_id)
     if attempt != task.attempt or task.status not in tasks.OPEN:
         raise HTTPException(409, f"expected an upload of attempt {task.attempt} of an open task, found {task.status}")
-    if index * hub.settings.chunk_bytes >= tasks.max_frame_bytes(task):
-        raise HTTPException(413, f"expected at most {tasks.max_frame_bytes(task)} bytes")
+    if index * hub.settings.chunk_bytes >= tasks.max_frame_bytes(task.max_update_bytes):
+        raise HTTPException(413, f"expected at most {tasks.max_frame_bytes(task.max_update_bytes)} bytes")
 
 
 def _keep_chunk(hub: Hub, upload: str, index: int, content: bytes, sha256: str) -> None:

@@ -118,8 +118,9 @@ def _in_hand(session: Session, device_id: str, found: TaskInHand | None) -> Any:
 
 def touch(hub: Hub, session: Session, device_id: str) -> DeviceRow:
     """Returns a device's row within a writing session, and remembers that it was heard of."""
-    device = _device(session, device_id)
-    device.last_seen_at = max(device.last_seen_at, hub.clock())
+    device, now = _device(session, device_id), hub.clock()
+    if now - device.last_seen_at >= TOUCH_SECONDS:
+        device.last_seen_at = now
     return device
 
 

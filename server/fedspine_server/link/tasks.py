@@ -6,10 +6,8 @@ any later one, of the same attempt or another, is answered and changes nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import HTTPException
-from sqlalchemy import select
+from sqlalchemy import and_, bindparam, exists, or_, select
 from sqlalchemy.orm import Session
 
 from fedspine_edge.errors import IncompatibleError
@@ -37,15 +35,44 @@ from fedspine_server.link.tables import (
 OPEN = (OFFERED, LEASED)
 FRAME_OVERHEAD = 1024  # what zstd adds to bytes it cannot shrink, and then some
 
+# Statements of every call, made once: to make one costs more than to run it.
+_IS_OPEN = or_(TaskRow.status == OFFERED, TaskRow.status == LEASED)
+_LOOK = select(
+    DeviceRow.last_seen_at, exists().where(TaskRow.device_id == DeviceRow.device_id, _IS_OPEN).label("has_task")
+).where(DeviceRow.device_id == bindparam("device_id"))
+_OPEN_TASKS = (
+    select(TaskRow, RunRow)
+    .join(RunRow, RunRow.run_id == TaskRow.run_id)
+    .where(TaskRow.device_id == bindparam("device_id"), _IS_OPEN)
+    .order_by(TaskRow.created_at.desc(), TaskRow.round_index.desc())
+    .with_for_update(of=TaskRow)
+)
+_ASKED_AND_TOLD = (
+    select(TaskRow.device_id, TaskRow.attempt, TaskRow.max_update_bytes, ResultRow.fate, ResultRow.detail)
+    .outerjoin(ResultRow, and_(ResultRow.task_id == TaskRow.task_id, ResultRow.attempt == bindparam("attempt")))
+    .where(TaskRow.task_id == bindparam("task_id"))
+)
+_ITS_RUN = (
+    select(RunRow)
+    .where(RunRow.run_id == select(TaskRow.run_id).where(TaskRow.task_id == bindparam("task_id")).scalar_subquery())
+    .with_for_update(read=True)
+)
+_ITSELF = select(TaskRow).where(TaskRow.task_id == bindparam("task_id")).with_for_update()
+_WAITED_FOR = (
+    select(TaskRow.task_id)
+    .where(TaskRow.run_id == bindparam("run_id"), TaskRow.round_index == bindparam("round_index"), _IS_OPEN)
+    .limit(1)
+)
+
 
 def upload_name(task_id: str, attempt: int) -> str:
     """Returns what an attempt's upload is called."""
     return f"{task_id}.{attempt}"
 
 
-def max_frame_bytes(task: TaskRow) -> int:
+def max_frame_bytes(max_update_bytes: int) -> int:
     """Returns how large the upload of a task may be."""
-    return task.max_update_bytes + task.max_update_bytes // 64 + FRAME_OVERHEAD
+    return max_update_bytes + max_update_bytes // 64 + FRAME_OVERHEAD
 
 
 def lease(hub: Hub, device_id: str, boot_id: str) -> Task | None:
@@ -55,10 +82,8 @@ def lease(hub: Hub, device_id: str, boot_id: str) -> Task | None:
         HTTPException: 409 when another boot of the device has taken over.
     """
     now = hub.clock()
-    with hub.database.read() as session:
-        device = session.get(DeviceRow, device_id)
-        fresh = device is not None and now - device.last_seen_at < TOUCH_SECONDS
-        if fresh and not session.scalars(_open_tasks(device_id)).first():
+    for found in hub.database.rows(_LOOK, device_id=device_id):
+        if not found.has_task and now - found.last_seen_at < TOUCH_SECONDS:
             return None
     with hub.database.write() as session:
         device = touch(hub, session, device_id)
@@ -66,8 +91,7 @@ def lease(hub: Hub, device_id: str, boot_id: str) -> Task | None:
             raise superseded(device_id)
         if device.status != ACCEPTED:
             return None
-        for task in session.scalars(_open_tasks(device_id).with_for_update()).all():
-            run = session.get_one(RunRow, task.run_id)
+        for task, run in session.execute(_OPEN_TASKS, {"device_id": device_id}).all():
             if run.round_index == task.round_index:
                 return _hand_out(hub, session, task, run)
             task.status = EXPIRED  # who asks for a task is not at work on an old one any more
@@ -85,11 +109,6 @@ def _hand_out(hub: Hub, session: Session, task: TaskRow, run: RunRow) -> Task:
 def superseded(device_id: str) -> HTTPException:
     """Returns the answer to a boot that no longer owns its device's identity."""
     return HTTPException(409, f"another agent of device {device_id} has taken over: stop one of the two")
-
-
-def _open_tasks(device_id: str) -> Any:
-    wanted = (TaskRow.device_id == device_id, TaskRow.status.in_(OPEN))
-    return select(TaskRow).where(*wanted).order_by(TaskRow.created_at.desc(), TaskRow.round_index.desc())
 
 
 def _message(hub: Hub, task: TaskRow, run: RunRow) -> Task:
@@ -124,8 +143,12 @@ def own_task(session: Session, device_id: str, task_id: str, *, lock: bool = Fal
     """Returns a device's own task, kept from others' changes if wanted; raises HTTPException 404 for any other."""
     task = session.get(TaskRow, task_id, with_for_update=lock or None)
     if task is None or task.device_id != device_id:
-        raise HTTPException(404, f"device {device_id} has no task {task_id}")
+        raise _not_its(device_id, task_id)
     return task
+
+
+def _not_its(device_id: str, task_id: str) -> HTTPException:
+    return HTTPException(404, f"device {device_id} has no task {task_id}")
 
 
 def progress(hub: Hub, device_id: str, task_id: str, message: Progress) -> ProgressReply:
@@ -164,21 +187,24 @@ def result(hub: Hub, device_id: str, task_id: str, message: TaskResult) -> Resul
         HTTPException: 404 for another's task, 409 for an attempt that was never handed out, 425 for an upload that is
             not, or not any more, what was announced: it begins anew.
     """
-    with hub.database.read() as session:
-        known = session.get(ResultRow, (task_id, message.attempt))
-        task = own_task(session, device_id, task_id)
-        if known is not None:
-            return ResultReply(fate=known.fate, detail=known.detail)
-        if not 1 <= message.attempt <= task.attempt:
-            raise HTTPException(409, f"expected an attempt of 1 to {task.attempt}, found {message.attempt}")
-        if message.num_bytes > max_frame_bytes(task):
-            raise HTTPException(413, f"expected at most {max_frame_bytes(task)} bytes, found {message.num_bytes}")
-        max_bytes = task.max_update_bytes
+    found = hub.database.rows(_ASKED_AND_TOLD, task_id=task_id, attempt=message.attempt)
+    if not found or found[0].device_id != device_id:
+        raise _not_its(device_id, task_id)
+    if found[0].fate is not None:
+        return ResultReply(fate=found[0].fate, detail=found[0].detail)
+    last_attempt, max_bytes = found[0].attempt, found[0].max_update_bytes
+    if not 1 <= message.attempt <= last_attempt:
+        raise HTTPException(409, f"expected an attempt of 1 to {last_attempt}, found {message.attempt}")
+    if message.num_bytes > max_frame_bytes(max_bytes):
+        raise HTTPException(413, f"expected at most {max_frame_bytes(max_bytes)} bytes, found {message.num_bytes}")
     refused = _malformed(hub, message, upload_name(task_id, message.attempt), max_bytes) if message.sha256 else None
     with hub.database.write() as session:
         row = _decide(hub, session, task_id, message, refused)
         reply = ResultReply(fate=row.fate, detail=row.detail)
-    hub.nudge.set()
+        own = {"run_id": row.run_id, "round_index": row.round_index}
+        was_last = session.execute(_WAITED_FOR, own).first() is None
+    if was_last:
+        hub.nudge.set()  # a deadline that passed with a quorum is seen at the next tick
     return reply
 
 
@@ -202,9 +228,8 @@ def _malformed(hub: Hub, message: TaskResult, upload: str, max_bytes: int) -> st
 
 def _decide(hub: Hub, session: Session, task_id: str, message: TaskResult, refused: str | None) -> ResultRow:
     # First the run, as a closing does: no round may close between this look at it and the commit.
-    own_run = select(TaskRow.run_id).where(TaskRow.task_id == task_id).scalar_subquery()
-    run = session.scalars(select(RunRow).where(RunRow.run_id == own_run).with_for_update(read=True)).one()
-    task = session.scalars(select(TaskRow).where(TaskRow.task_id == task_id).with_for_update()).one()
+    run = session.scalars(_ITS_RUN, {"task_id": task_id}).one()
+    task = session.scalars(_ITSELF, {"task_id": task_id}).one()
     known = session.get(ResultRow, (task_id, message.attempt))
     if known is not None:
         return known
