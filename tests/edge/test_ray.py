@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -12,7 +13,14 @@ from test_link_end_to_end import TOML
 from tiny import questions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "NO_COLOR": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "NO_COLOR": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",  # a token of the test's own: nothing is written into the user's home
+    "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +58,6 @@ def test_ray_on_this_machine_makes_the_same_run(toml, in_processes, tmp_path):
 @pytest.fixture
 def cluster(tmp_path_factory):
     """Two nodes of one processor each, as `ray start` makes them; ended through the marker in their environment."""
-    import psutil
-
     marker = uuid.uuid4().hex
     environment = {**ENVIRONMENT, "FEDSPINE_TEST_CLUSTER": marker}
     environment["FEDSPINE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
@@ -59,12 +65,21 @@ def cluster(tmp_path_factory):
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus", "1", "--disable-usage-stats"]
     memory = ["--object-store-memory", str(100 << 20), "--node-ip-address", "127.0.0.1"]
     head = ["--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", f"/tmp/ray-{marker[:8]}"]
-    for options in (head, ["--address", f"127.0.0.1:{port}"]):
-        started = subprocess.run(
-            [*ray, *memory, *options], env=environment, capture_output=True, text=True, check=False, timeout=200
-        )
-        assert started.returncode == 0, started.stdout + started.stderr
-    yield f"127.0.0.1:{port}", environment["FEDSPINE_CACHE"]
+    try:
+        for options in (head, ["--address", f"127.0.0.1:{port}"]):
+            started = subprocess.run(
+                [*ray, *memory, *options], env=environment, capture_output=True, text=True, check=False, timeout=200
+            )
+            assert started.returncode == 0, started.stdout + started.stderr
+        yield f"127.0.0.1:{port}", environment["FEDSPINE_CACHE"]
+    finally:
+        end_all(marker)
+        shutil.rmtree(f"/tmp/ray-{marker[:8]}", ignore_errors=True)
+
+
+def end_all(marker):
+    import psutil
+
     own = []
     for process in psutil.process_iter():
         try:
@@ -72,7 +87,6 @@ def cluster(tmp_path_factory):
                 own.append(process)
         except psutil.Error:
             continue
-    assert own
     for process in own:
         process.kill()
     psutil.wait_procs(own, timeout=30)

@@ -59,8 +59,6 @@ class RayWorkers:
 
     def __init__(self, setup: WorkerSetup, num_workers: int, address: str | None) -> None:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        # Ray would start a dashboard's exporter and say so on the terminal.
-        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         try:
             import ray
@@ -78,9 +76,10 @@ class RayWorkers:
                 runtime_env={"env_vars": WORKER_ENVIRONMENT},
                 **({} if address else own),
             )
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # Ray raises bare ones here
             raise LinkError(
-                f"expected a Ray cluster at {address}, found: {error}", hint="ray start --head, then --ray-address"
+                f"expected a Ray cluster at {address or LOOPBACK}, found: {error}",
+                hint="ray start --head, then --ray-address; Ray's own log is in /tmp/ray",
             ) from error
         self._parts = num_workers
         self._judged_rows = {name: len(tokens) for name, tokens in setup.judged.items()}
