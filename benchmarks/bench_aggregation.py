@@ -2,8 +2,8 @@
 
     python benchmarks/bench_aggregation.py --json benchmarks/results/aggregation.json
 
-Devices differ in rank and mask as in a run at 50 %; their updates wait on disk as they do in a server. Each rule runs in
-a process of its own; peak memory is what the closing adds to it, files in the page cache not counted.
+Devices differ in rank and mask as in a run at 50 %; their updates wait on disk as they do in a server. Each rule runs
+in a process of its own; peak memory is what the closing adds to it, files in the page cache not counted.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
         found[rule] = json.loads(output)
         print(
             f"{rule:13} {found[rule]['seconds']:7.2f} s  {found[rule]['cpu_seconds']:7.2f} CPU s"
-            f"  peak +{found[rule]['peak_bytes'] / 2**20:6.0f} MiB  (updates {found[rule]['updates_bytes'] / 2**20:.0f} MiB)",
+            f"  peak +{found[rule]['peak_bytes'] / 2**20:6.0f} MiB  (updates {found[rule]['updates_bytes'] >> 20} MiB)",
             flush=True,
         )
     if arguments.json:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from fedspine_server.attackers import ATTACKS
 from fedspine_server.step_law import StepLaw
 
 GIB = 1 << 30
@@ -68,6 +69,7 @@ class DeviceSpec:
         bandwidth_group: Index into `BANDWIDTH_MEANS`; higher is farther.
         join_round: First round it takes part in.
         leave_round: First round it no longer takes part in; None stays to the end.
+        attack: How it lies, one of `attackers.ATTACKS`; None for an honest device.
     """
 
     device_id: str
@@ -77,8 +79,11 @@ class DeviceSpec:
     bandwidth_group: int
     join_round: int = 0
     leave_round: int | None = None
+    attack: str | None = None
 
     def __post_init__(self) -> None:
+        if self.attack not in (None, *ATTACKS):
+            raise ValueError(f"attack must be one of {', '.join(ATTACKS)}, found {self.attack}")
         if self.board not in BOARDS:
             raise ValueError(f"board must be one of {', '.join(BOARDS)}, found {self.board}")
         if not 0 <= self.bandwidth_group < len(BANDWIDTH_MEANS):

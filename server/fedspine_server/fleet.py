@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
+from fedspine_edge.protocol import Assignment, Layout, Update, tensors_nbytes
+from fedspine_server.attackers import falsified
 from fedspine_server.closing import round_end
 from fedspine_server.coordinator import Participant, assign, close_round, enlist, record_accuracy
 from fedspine_server.device_models import (
@@ -74,7 +75,7 @@ def run_fleet(
     """
     while state.round_index < state.settings.rounds:
         with Spool(spool_folder) as spool:
-            state = _run_round(state, specs, _spooled(tune, spool), fleet, on_event)
+            state = _run_round(state, specs, _sent(tune, specs, state.layout, spool), fleet, on_event)
         last = state.round_index == state.settings.rounds
         if evaluate is not None and (last or state.round_index % eval_every == 0):
             state = record_accuracy(state, evaluate(state))
@@ -83,8 +84,17 @@ def run_fleet(
     return state
 
 
-def _spooled(tune: Tune, spool: Spool) -> Tune:
-    return lambda assignments: (spool.keep(update) for update in tune(assignments))
+def _sent(tune: Tune, specs: Sequence[DeviceSpec], layout: Layout, spool: Spool) -> Tune:
+    """What reaches the server of what the devices tune: honest or not, and kept on disk."""
+    attacks = {spec.device_id: spec.attack for spec in specs}
+
+    def sent(assignments: Sequence[Assignment]) -> Iterable[Update]:
+        asked = {assignment.device_id: assignment for assignment in assignments}
+        for update in tune(assignments):
+            attack = attacks[update.device_id]
+            yield spool.keep(falsified(attack, layout, asked[update.device_id], update) if attack else update)
+
+    return sent
 
 
 def _run_round(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedspine_server.attackers import ATTACKS, attackers
 from fedspine_server.device_models import ASSUMED_LAW, FleetSettings
 from fedspine_server.step_law import StepLaw
 
@@ -25,6 +26,8 @@ class Fleet:
         drop_out: Chance that a device does not answer in a round.
         churn: Chance that a device joins or leaves in mid-run.
         bandwidth_dips: Chance that a device's bandwidth is a tenth in a round.
+        attackers: Share of the devices that lie.
+        attack: How they do: `sign-flip`, `scaled`, `nan` or `label-flip`.
         base_step_seconds: Seconds of a step of the unpruned model on a TX2 in its best mode.
         step_law: What pruning and rank make of it: constant part, part that pruning removes, LoRA at rank 16.
     """
@@ -35,6 +38,8 @@ class Fleet:
     drop_out: float = 0.0
     churn: float = 0.0
     bandwidth_dips: float = 0.0
+    attackers: float = 0.0
+    attack: str = "sign-flip"
     base_step_seconds: float = 1.0
     step_law: tuple[float, float, float] = (ASSUMED_LAW.constant, ASSUMED_LAW.kept, ASSUMED_LAW.lora)
 
@@ -46,6 +51,10 @@ class Fleet:
             raise ValueError("expected at least one device, found none")
         if not 0 <= self.churn <= 1:
             raise ValueError(f"churn must be in 0..1, found {self.churn}")
+        if not 0 <= self.attackers <= 1:
+            raise ValueError(f"attackers must be in 0..1, found {self.attackers}")
+        if self.attack not in ATTACKS:
+            raise ValueError(f"attack must be one of {', '.join(ATTACKS)}, found {self.attack}")
         StepLaw(*self.step_law)  # refuses what is none
 
     @property
@@ -61,6 +70,10 @@ class Fleet:
             counts[index] += 1
         tx2, xavier_nx, agx_xavier = (int(count) for count in counts)
         return dataclasses.replace(self, tx2=tx2, xavier_nx=xavier_nx, agx_xavier=agx_xavier)
+
+    def liars(self, seed: int) -> list[int]:
+        """Returns which devices lie, by index."""
+        return attackers(len(self.boards), self.attackers, seed)
 
     def world(self, seed: int) -> FleetSettings:
         """Returns the settings of the virtual world the devices live in."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fedspine_edge.batches import Encoding, TokenSet
 from fedspine_edge.commands.boards import Fleet
 from fedspine_edge.commands.workers import WorkerSetup
 from fedspine_edge.config import Experiment, cache_directory, load_table, settings_from
-from fedspine_edge.data import Split, load_examples, partition, split
+from fedspine_edge.data import Example, Split, load_examples, partition, split
 from fedspine_edge.errors import CheckpointError, UsageError
 from fedspine_edge.protocol import Layout
 from fedspine_edge.sources import model_directory
@@ -219,13 +219,18 @@ def build_scene(run_dir: Path) -> Scene:
     encoding = Encoding(base.tokenizer(), classes, experiment.prompt if decoder else None)
     choices = encoding.choice_tokens() if decoder else None
     bench = open_workbench(base.path, sha256=base.sha256, num_labels=len(classes), choices=choices)
-    shards = _shards(experiment, parts, encoding, len(fleet.boards))
+    liars = fleet.liars(experiment.seed)
+    shards = _shards(experiment, parts, encoding, fleet)
     devices = make_specs(
         [len(shard) for shard in shards],
         boards=fleet.boards,
         seed=experiment.seed,
         rounds=settings.rounds,
         churn=fleet.churn,
+    )
+    devices = tuple(
+        dataclasses.replace(device, attack=fleet.attack if index in liars else None)
+        for index, device in enumerate(devices)
     )
     setup = WorkerSetup(
         base_path=base.path,
@@ -256,9 +261,19 @@ def shares_of(experiment: Experiment, parts: Split, num_devices: int) -> list[np
     return partition(labels, num_devices=num_devices, alpha=experiment.dirichlet_alpha, seed=experiment.seed)
 
 
-def _shards(experiment: Experiment, parts: Split, encoding: Encoding, num_devices: int) -> list[TokenSet]:
+def _shards(experiment: Experiment, parts: Split, encoding: Encoding, fleet: Fleet) -> list[TokenSet]:
     tokens = encoding.encode(parts.train)
-    return [tokens.take(share) for share in shares_of(experiment, parts, num_devices)]
+    shares = shares_of(experiment, parts, len(fleet.boards))
+    flips = set(fleet.liars(experiment.seed)) if fleet.attack == "label-flip" else set()
+    # A decoder learns its label as text, so wrong labels have to be there before they are encoded.
+    wrong = encoding.encode(_mislabelled(parts.train, encoding.classes)) if flips else tokens
+    return [(wrong if index in flips else tokens).take(share) for index, share in enumerate(shares)]
+
+
+def _mislabelled(examples: Sequence[Example], classes: Sequence[str]) -> list[Example]:
+    """Each example with the opposite label: the last class for the first."""
+    opposite = dict(zip(classes, reversed(classes), strict=True))
+    return [dataclasses.replace(example, label=opposite[example.label]) for example in examples]
 
 
 def first_task_head(bench: Workbench) -> dict[str, np.ndarray]:

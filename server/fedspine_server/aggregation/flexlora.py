@@ -2,8 +2,8 @@
 
 Comes in: full-size factors of unequal ranks and masks. Goes out: factors of rank r_max. FlexLoRA knows no masks: what a
 device pruned counts with the old global values, as FedMP recovers residuals. A device of a small rank counts with
-nothing in the components it was not given, so their energy shrinks round by round: what `spine` is there to prevent. Components above
-every rank stay as they are.
+nothing in the components it was not given, so their energy shrinks round by round: what `spine` is there to prevent.
+Components above every rank stay as they are.
 
 Source: FlexLoRA (Bai et al., NeurIPS 2024). The SVD is of the sum of all devices, as there; a device gets its first r
 components.

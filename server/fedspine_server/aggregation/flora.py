@@ -1,10 +1,10 @@
 """FLoRA: the devices' changes are stacked, so that their sum is exact, and added to what was there.
 
-Comes in: full-size factors of unequal ranks and masks. Goes out: factors of rank r_max. FLoRA sends the whole stack (the
-sum of all ranks) to every device, which adds it to its base and begins with a fresh adapter. Here the base never moves:
-the stack of the changes, weight_i (B_i A_i - what device i was given), is folded into the global product, and the best
-r_max components of that are kept. So traffic does not grow with the number of devices; what is cut off is the tail.
-Every device counts in every entry: unlike in `spine`, a component that few devices have moves little.
+Comes in: full-size factors of unequal ranks and masks. Goes out: factors of rank r_max. FLoRA sends the whole stack
+(the sum of all ranks) to every device, which adds it to its base and begins with a fresh adapter. Here the base never
+moves: the stack of the changes, weight_i (B_i A_i - what device i was given), is folded into the global product, and
+the best r_max components of that are kept. So traffic does not grow with the number of devices; what is cut off is the
+tail. Every device counts in every entry: unlike in `spine`, a component that few devices have moves little.
 
 Source: FLoRA (Wang et al., NeurIPS 2024); folding and masks are ours.
 """

@@ -60,8 +60,8 @@ def best_factors(b_stack: np.ndarray, a_stack: np.ndarray | None, rank: int, gen
 class LongSum:
     """A sum of rank-one terms that is added to device by device.
 
-    It stays a stack of its terms while there are fewer of them than the matrix has rows or columns; else it is a matrix,
-    to which a few hundred terms are added at a time. So its size does not grow with the number of devices.
+    It stays a stack of its terms while there are fewer of them than the matrix has rows or columns; else it is a
+    matrix, to which a few hundred terms are added at a time. So its size does not grow with the number of devices.
 
     Args:
         shape: (out, in).

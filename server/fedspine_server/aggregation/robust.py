@@ -5,8 +5,8 @@ number by number (B Q and Q^-1 A are the same update), products can: the change 
 rebuilt block by block, each entry is trimmed over the devices that kept it, and the result is added to the old product.
 Devices count alike, whatever number of examples they claim.
 
-Clipping goes before any rule: a device that moved farther than a multiple of the median device is drawn back on the line
-from where it began.
+Clipping goes before any rule: a device that moved farther than a multiple of the median device is drawn back on the
+line from where it began.
 
 Source: trimmed mean and median as in Yin et al. (ICML 2018), norm clipping as in Sun et al. (arXiv 1911.07963).
 """
