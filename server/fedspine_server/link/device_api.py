@@ -103,15 +103,16 @@ async def task(
 ) -> Task | None:
     """Long poll: the device's task as soon as there is one."""
     loop = asyncio.get_running_loop()
-    until = loop.time() + min(wait, hub.settings.wait_seconds)
+    until, rung = loop.time() + min(wait, hub.settings.wait_seconds), False
     while True:
-        rung = hub.bell.listen(device.device_id)
-        found = await asyncio.to_thread(tasks.lease, hub, device.device_id, device.boot_id)
+        bell = hub.bell.listen(device.device_id)
+        found = await asyncio.to_thread(tasks.lease, hub, device.device_id, device.boot_id, rung=rung)
         left = until - loop.time()
         if found is not None or left <= 0 or hub.bell.closed:
             break
         try:
-            await asyncio.wait_for(rung.wait(), left)
+            await asyncio.wait_for(bell.wait(), left)
+            rung = True
         except asyncio.TimeoutError:
             break
     if found is None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi import HTTPException
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm.interfaces import ORMOption
 
 from fedspine_server.link.credentials import claim_is_good, hashed
 from fedspine_server.link.hub import Hub
@@ -118,7 +119,7 @@ def _in_hand(session: Session, device_id: str, found: TaskInHand | None) -> Any:
 
 def touch(hub: Hub, session: Session, device_id: str) -> DeviceRow:
     """Returns a device's row within a writing session, and remembers that it was heard of."""
-    device, now = _device(session, device_id), hub.clock()
+    device, now = _device(session, device_id, defer(DeviceRow.facts), defer(DeviceRow.sample)), hub.clock()
     if now - device.last_seen_at >= TOUCH_SECONDS:
         device.last_seen_at = now
     return device
@@ -183,8 +184,8 @@ def views(hub: Hub, device_id: str | None = None) -> list[DeviceView]:
         ]
 
 
-def _device(session: Session, device_id: str) -> DeviceRow:
-    device = session.get(DeviceRow, device_id)
+def _device(session: Session, device_id: str, *options: ORMOption) -> DeviceRow:
+    device = session.get(DeviceRow, device_id, options=options)
     if device is None:
         raise HTTPException(404, f"expected a device that has enrolled, found {device_id}")
     return device

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastapi import HTTPException
 from sqlalchemy import and_, bindparam, exists, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, load_only
 
 from fedspine_edge.errors import IncompatibleError
 from fedspine_edge.protocol import unpack, update_from_bytes
@@ -46,6 +46,7 @@ _OPEN_TASKS = (
     .where(TaskRow.device_id == bindparam("device_id"), _IS_OPEN)
     .order_by(TaskRow.created_at.desc(), TaskRow.round_index.desc())
     .with_for_update(of=TaskRow)
+    .options(load_only(RunRow.round_index, RunRow.recipe, RunRow.base_sha256))
 )
 _ASKED_AND_TOLD = (
     select(TaskRow.device_id, TaskRow.attempt, TaskRow.max_update_bytes, ResultRow.fate, ResultRow.detail)
@@ -56,6 +57,7 @@ _ITS_RUN = (
     select(RunRow)
     .where(RunRow.run_id == select(TaskRow.run_id).where(TaskRow.task_id == bindparam("task_id")).scalar_subquery())
     .with_for_update(read=True)
+    .options(load_only(RunRow.round_index, RunRow.closing_at, RunRow.options))
 )
 _ITSELF = select(TaskRow).where(TaskRow.task_id == bindparam("task_id")).with_for_update()
 _WAITED_FOR = (
@@ -75,14 +77,20 @@ def max_frame_bytes(max_update_bytes: int) -> int:
     return max_update_bytes + max_update_bytes // 64 + FRAME_OVERHEAD
 
 
-def lease(hub: Hub, device_id: str, boot_id: str) -> Task | None:
+def lease(hub: Hub, device_id: str, boot_id: str, *, rung: bool = False) -> Task | None:
     """Hands a device its task; None when there is none.
+
+    Args:
+        hub: Where tasks are.
+        device_id: Whose.
+        boot_id: The boot that asks.
+        rung: Whether there should be one, so that looking first is not worth it.
 
     Raises:
         HTTPException: 409 when another boot of the device has taken over.
     """
     now = hub.clock()
-    for found in hub.database.rows(_LOOK, device_id=device_id):
+    for found in () if rung else hub.database.rows(_LOOK, device_id=device_id):
         if not found.has_task and now - found.last_seen_at < TOUCH_SECONDS:
             return None
     with hub.database.write() as session:
