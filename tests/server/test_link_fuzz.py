@@ -231,9 +231,10 @@ def test_a_device_that_sends_mutated_frames_for_ever_holds_up_no_round(target, s
 
     @seed(SEED)
     @drawn(max(50, COUNT // 20))
-    @given(frame=mutated(message))
-    def fuzz(frame):
+    @given(frame=mutated(message), inline=st.booleans())
+    def fuzz(frame, inline):
         task = until(target.device.task, SECONDS)
+        task["inline_bytes"] = task["max_update_bytes"] if inline else 0
         fates[target.device.send(task, frame[: task["max_update_bytes"]], tmp_path)["fate"]] += 1
         sizes.append(target.memory_bytes())
 

@@ -117,10 +117,20 @@ def _in_hand(session: Session, device_id: str, found: TaskInHand | None) -> Any:
     return "continue" if wanted else "drop"
 
 
-def touch(hub: Hub, session: Session, device_id: str) -> DeviceRow:
-    """Returns a device's row within a writing session, and remembers that it was heard of."""
+def touch(hub: Hub, session: Session, device_id: str, *, every_seconds: float = 0.0) -> DeviceRow:
+    """Returns a device's row within a writing session, and remembers that it was heard of.
+
+    Args:
+        hub: Whose clock.
+        session: A writing session.
+        device_id: Which device.
+        every_seconds: How old that may be before it is worth a write.
+
+    Raises:
+        HTTPException: 404 for a device that never enrolled.
+    """
     device, now = _device(session, device_id, defer(DeviceRow.facts), defer(DeviceRow.sample)), hub.clock()
-    if now - device.last_seen_at >= TOUCH_SECONDS:
+    if now - device.last_seen_at >= every_seconds:
         device.last_seen_at = now
     return device
 

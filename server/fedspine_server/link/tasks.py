@@ -278,5 +278,5 @@ def _decide(hub: Hub, session: Session, task_id: str, message: TaskResult, refus
         staleness=staleness,
         detail=detail,
     )
-    touch(hub, session, task.device_id)
+    touch(hub, session, task.device_id, every_seconds=TOUCH_SECONDS)  # the event tells already
     return row
