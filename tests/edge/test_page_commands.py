@@ -12,6 +12,7 @@ from fedspine_edge.commands.page import Feed, open_page
 from fedspine_edge.commands.top import show, view
 from fedspine_edge.errors import LinkError, UsageError
 from fedspine_edge.profiling.comparison import Metric
+from fedspine_edge.profiling.intervals import Estimate
 from fedspine_edge.progress import Progress, advance
 from fedspine_edge.report import markdown_report
 from fedspine_edge.report.comparison import comparison_page
@@ -118,6 +119,21 @@ def test_the_markdown_report_has_the_figures_and_no_markup_of_a_name(tmp_path):
     assert "| pruned is |" in text
     assert "accuracy kept" in text
     assert r"\[x\](http://elsewhere) \<b\>" in text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "trusted", "better"),
+    [
+        (Estimate(1.5, 1.4, 1.6), True, True),
+        (Estimate(3.0, 0.1, 90.0), True, False),  # no clear difference
+        (Estimate(1.5, 1.4, 1.6), False, False),  # other programs were at work
+        (Estimate(0.5, 0.4, 0.6), True, False),
+        (Estimate(1.5, None, None), True, True),  # counted, not sampled
+    ],
+)
+def test_only_what_is_clearly_better_is_shown_as_better(ratio, trusted, better):
+    metric = Metric("prompt t/s", ("faster", "slower"), True, (100.0, 150.0), (None, ratio), 0, trusted)
+    assert ('class="better"' in comparison_page([metric], ["a", "b"], [])) == better
 
 
 def test_the_page_of_a_comparison_has_every_figure_and_escapes_names():

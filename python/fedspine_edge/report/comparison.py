@@ -13,12 +13,13 @@ from pathlib import Path
 import jinja2
 
 from fedspine_edge.profiling.comparison import LETTERS, Metric, value_text, verdict
+from fedspine_edge.profiling.intervals import Estimate
 from fedspine_edge.report.page import palette
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A model's figure, how it stands to the first's, and where to draw that: per cent of the widest bar."""
+    """A model's figure, how it stands to the first's, whether surely better, and its bar's width in per cent."""
 
     value: str
     verdict: str
@@ -57,12 +58,18 @@ def comparison_page(metrics: Sequence[Metric], names: Sequence[str], notes: Sequ
     )
 
 
+def _clearly_better(ratio: Estimate, metric: Metric) -> bool:
+    """Whether a ratio is on the better side of 1 with its whole interval."""
+    bounds = [bound for bound in (ratio.low, ratio.value, ratio.high) if bound is not None]
+    return min(bounds) > 1 if metric.higher_is_better else max(bounds) < 1
+
+
 def _line(metric: Metric) -> Line:
     longest = max((value for value in metric.values if value is not None), default=0.0)
     cells = []
     for index, value in enumerate(metric.values):
         ratio = metric.ratios[index]
-        better = ratio is not None and (ratio.value > 1) == metric.higher_is_better and ratio.value != 1
+        better = metric.trusted and ratio is not None and _clearly_better(ratio, metric)
         width = 0.0 if value is None or longest <= 0 else round(100 * value / longest, 1)
         cells.append(Cell(value_text(metric, index), verdict(metric, index) if index else "", better, width))
     return Line(metric.name, metric.trusted, tuple(cells))
