@@ -56,8 +56,13 @@ class LocalAgent:
         self._senses = Senses(state)
         self._worker = WorkerProcess(settings)
         self._turn = threading.Lock()
-        self._opened = self._open_worker()
-        self._listener = _listening(self.path)
+        self._listener = _listening(self.path)  # first: the model is loaded once, however many agents are started
+        try:
+            self._opened = self._open_worker()
+        except FedSpineError:
+            self._listener.close()
+            self.path.unlink()
+            raise
 
     def __enter__(self) -> LocalAgent:
         return self
