@@ -4,6 +4,9 @@ Both sides run in turns in one process; each turn gives one ratio, so drift of t
 timed the two are asserted to agree. Ratios above 1 mean that the native kernel is faster.
 
     python benchmarks/bench_kernels.py [--json results.json] [--quick]
+
+The JSON's `geomean_vs_peft` and `min_vs_peft` are over all shapes and ranks of the layer, and `half_vs_dense` is how
+much faster the layer is with half of its rows and columns; each a value for a number of threads and tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ratio:
-    """One row of the table: medians over the turns; ratios are theirs over ours."""
+    """One row of the table: medians over the turns; ratios are theirs (of `half`: dense) over ours."""
 
     what: str
     model: str
@@ -85,6 +88,11 @@ def layer_pair(inputs: int, outputs: int, tokens: int, rank: int) -> tuple[Run, 
     for expected, found in zip(theirs(), ours(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
     return theirs, ours
+
+
+def half_pair(inputs: int, outputs: int, tokens: int, rank: int) -> tuple[Run, Run]:
+    """Returns (dense, half): the native layer, and what is left of it with half of its rows and columns."""
+    return layer_pair(inputs, outputs, tokens, rank)[1], layer_pair(inputs // 2, outputs // 2, tokens, rank)[1]
 
 
 def importance_pair(inputs: int, outputs: int, rank: int) -> tuple[Run, Run]:
@@ -142,6 +150,9 @@ def measure(threads: int, turns: int, tokens: tuple[int, ...], ranks: tuple[int,
                     flops = 4.0 * count * inputs * outputs + 6.0 * count * rank * (inputs + outputs)
                     found = compare(*layer_pair(inputs, outputs, count, rank), turns)
                     yield row("layer", model, (inputs, outputs, count, rank, threads), flops, found)
+                    flops = count * inputs * outputs + 3.0 * count * rank * (inputs + outputs)
+                    found = compare(*half_pair(inputs, outputs, count, rank), turns)
+                    yield row("half", model, (inputs, outputs, count, rank, threads), flops, found)
                 found = compare(*importance_pair(inputs, outputs, rank), turns)
                 flops = 6.0 * rank * inputs * outputs
                 yield row("importance", model, (inputs, outputs, 0, rank, threads), flops, found)
@@ -184,6 +195,18 @@ def geomean(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
+def summary(rows: list[Ratio]) -> dict[str, dict[str, float]]:
+    """Returns the ratios of wall time that the targets are about, by threads and tokens."""
+    found: dict[str, dict[str, float]] = {"geomean_vs_peft": {}, "min_vs_peft": {}, "half_vs_dense": {}}
+    for threads, tokens in sorted({(row.threads, row.tokens) for row in rows if row.what == "layer"}):
+        alike = [row for row in rows if (row.threads, row.tokens) == (threads, tokens)]
+        walls = [row.wall for row in alike if row.what == "layer"]
+        key = f"threads={threads} tokens={tokens}"
+        found["geomean_vs_peft"][key], found["min_vs_peft"][key] = geomean(walls), min(walls)
+        found["half_vs_dense"][key] = geomean([row.wall for row in alike if row.what == "half"])
+    return found
+
+
 def print_summary(rows: list[Ratio]) -> None:
     """Prints the geometric mean and the extremes for each number of threads and tokens."""
     for what, threads, tokens in sorted({(row.what, row.threads, row.tokens) for row in rows}):
@@ -218,7 +241,8 @@ def main() -> None:
     print_summary(rows)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": facts, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        document = {**summary(rows), "machine": facts, "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
