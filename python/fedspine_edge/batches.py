@@ -111,19 +111,21 @@ class Encoding:
     Attributes:
         classes: Names of the classes, in the order of their numbers.
         prompt: Template with `{text}` for a decoder; None for an encoder.
+        max_tokens: Texts are cut to fit.
     """
 
     tokenizer: Any
     classes: tuple[str, ...]
     prompt: str | None
+    max_tokens: int = MAX_TOKENS
 
     def encode(self, examples: Sequence[Example]) -> TokenSet:
-        """Returns the tokenised examples; texts are cut to fit `MAX_TOKENS`."""
+        """Returns the tokenised examples; texts are cut to fit `max_tokens`."""
         numbers = {name: number for number, name in enumerate(self.classes)}
         labels = np.asarray([numbers[example.label] for example in examples], dtype=np.int64)
         if self.prompt is None:
             rows = [
-                np.asarray(self.tokenizer(e.text, truncation=True, max_length=MAX_TOKENS)["input_ids"])
+                np.asarray(self.tokenizer(e.text, truncation=True, max_length=self.max_tokens)["input_ids"])
                 for e in examples
             ]
             return TokenSet(tuple(rows), np.zeros(len(rows), dtype=np.int64), labels)
@@ -156,7 +158,7 @@ class Encoding:
         before, after = self.prompt.split("{text}")
         tail = list(self.tokenizer(after, add_special_tokens=False)["input_ids"])
         head = list(self.tokenizer(before + text)["input_ids"])
-        return head[: MAX_TOKENS - len(tail)] + tail
+        return head[: self.max_tokens - len(tail)] + tail
 
 
 def collate(tokens: TokenSet, indices: np.ndarray) -> Batch:

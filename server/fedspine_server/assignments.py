@@ -53,12 +53,15 @@ def build_assignment(state: RunState, choice: Choice) -> Assignment:
         num_steps=choice.num_steps,
         prune_interval=settings.prune_interval,
         batch_size=settings.batch_size,
-        learning_rate=learning_rate_of(settings, round_index),
+        learning_rate=learning_rate_of(settings, round_index, choice.rank),
         seed=zlib.crc32(f"{settings.seed}/{round_index}/{choice.device_id}".encode()),
         mask_agreement=1.0 if settled else min(settings.mask_agreement, MOST_AGREEMENT_WHILE_MEASURING),
         mask_mode=settings.mask_mode,
         revive=may_revive(settings, round_index),
         tensors=_tensors(state, members, choice.rank),
+        importance=settings.importance,
+        budget_seconds=choice.budget_seconds,
+        min_steps=choice.min_steps,
     )
 
 

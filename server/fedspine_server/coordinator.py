@@ -28,6 +28,8 @@ from fedspine_server.results import DeviceResult, judge, round_record
 from fedspine_server.settings import RunSettings
 from fedspine_server.state import DeviceState, RunState, adapter_sha256, weight_of
 
+PARTICIPANTS_STREAM = 5  # keeps this draw apart from others of the same seed and round
+
 __all__ = [
     "DeviceResult",
     "LateResult",
@@ -199,7 +201,7 @@ def record_accuracy(state: RunState, accuracy: float) -> RunState:
 def _context(state: RunState) -> Context:
     settings, round_index = state.settings, state.round_index
     law = cost_law(state.layout)
-    active = [state.devices[name] for name in sorted(state.devices) if state.devices[name].active]
+    active = _participants(state, [name for name in sorted(state.devices) if state.devices[name].active])
     total = sum(weight_of(settings, device) for device in active)
     facts = tuple(
         DeviceFacts(
@@ -209,8 +211,18 @@ def _context(state: RunState) -> Context:
             arms=allowed_arms(
                 settings, law, round_index, last_ratio=device.last_ratio, memory_bytes=device.memory_bytes
             ),
+            memory_bytes=device.memory_bytes,
         )
         for device in active
     )
     target = schedule_ratio(settings, round_index)
     return Context(settings, round_index, target, may_revive(settings, round_index), law, facts)
+
+
+def _participants(state: RunState, active: Sequence[str]) -> list[DeviceState]:
+    """Who takes part in the round: all, or a uniform draw that depends on nothing but seed, round and who is there."""
+    settings, names = state.settings, list(active)
+    if 0 < settings.participants < len(names):
+        generator = np.random.default_rng([settings.seed, state.round_index, PARTICIPANTS_STREAM])
+        names = sorted(generator.choice(names, settings.participants, replace=False).tolist())
+    return [state.devices[name] for name in names]

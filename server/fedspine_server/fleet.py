@@ -9,6 +9,7 @@ Source: docs/algorithm.md, section 10.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,19 +125,19 @@ def _with_present(state: RunState, specs: Sequence[DeviceSpec]) -> RunState:
 
 def _trip(spec: DeviceSpec, assignment: Assignment, fleet: FleetSettings) -> _Trip:
     conditions = conditions_of(spec, assignment.round_index, fleet)
+    step_seconds = compute_seconds(
+        spec, conditions, num_steps=1, pruning_ratio=assignment.pruning_ratio, rank=assignment.rank, fleet=fleet
+    )
+    num_steps = assignment.num_steps
+    if assignment.budget_seconds is not None:  # the device stops by its own clock, which is virtual here
+        fitting = max(assignment.min_steps, math.floor(assignment.budget_seconds / step_seconds))
+        num_steps = min(num_steps, fitting)
     return _Trip(
         spec=spec,
         conditions=conditions,
-        assignment=assignment,
+        assignment=dataclasses.replace(assignment, num_steps=num_steps, budget_seconds=None),
         download_seconds=8 * tensors_nbytes(assignment) / conditions.bits_per_second,
-        compute_seconds=compute_seconds(
-            spec,
-            conditions,
-            num_steps=assignment.num_steps,
-            pruning_ratio=assignment.pruning_ratio,
-            rank=assignment.rank,
-            fleet=fleet,
-        ),
+        compute_seconds=num_steps * step_seconds,
     )
 
 

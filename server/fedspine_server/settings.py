@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-CONTROLLER_NAMES = ("structured", "sucb", "fixed")
+CONTROLLER_NAMES = ("structured", "sucb", "hoo", "grid-ucb", "fixed")
 AGGREGATION_NAMES = ("spine", "hetlora", "flexlora", "flora", "fedavg", "trimmed-mean", "median")
-MASK_MODES = ("uniform", "per-layer")
+MASK_MODES = ("uniform", "per-layer", "layers")
+SCHEDULES = ("cubic", "one-shot")
+IMPORTANCES = ("lora-guided", "salience", "magnitude", "gradient", "random")
 EXAMPLE_WEIGHTS = ("examples", "sqrt-examples", "equal")
 ACTIVE_MASKS_SHARE = 0.7  # share of the rounds in which a pruned member may come back
 
@@ -30,10 +32,13 @@ class RunSettings:
         prune_interval: Local iterations between two prunings (H).
         batch_size: Examples an iteration.
         learning_rate: AdamW step size of the first round.
+        learning_rate_rank: The rank that step size is meant for; others get it in inverse proportion, so that a step
+            changes the product as much at every rank. 0 gives every rank the same.
         final_learning_rate_fraction: The last round's step size as a share of the first's; linear in between.
         ranks: LoRA ranks a controller may choose from, ascending; the largest is the global adapter's.
         max_pruning_ratio: Upper end of the ratio grid (p_max).
         target_sparsity: Share of the members of each kind gone at the end (S*); 0 never prunes.
+        schedule: How the ratio gets there: `cubic`, or `one-shot` (nothing before cool-down, then all at once).
         warmup_fraction: Share of the rounds before the first pruning (a).
         cooldown_fraction: Share of the rounds at the end that train exactly the final structure (b).
         controller: Who picks ratios, ranks, steps and deadline; a key of `controllers.CONTROLLERS`.
@@ -45,10 +50,12 @@ class RunSettings:
         example_weights: Weight of a device: its `examples`, their square root (steadier when shards are very
             unequal) or `equal`.
         mask_agreement: Share of the server's importance in a device's ranking of members (rho); 1 in cool-down.
-        mask_mode: `uniform` (the same counts in each layer) or `per-layer`.
+        mask_mode: `uniform` (the same counts in each layer), `per-layer`, or `layers` (whole layers go).
+        importance: What members are ranked by; a key of `fedspine_edge.importance.KINDS`.
         mean_compensation: Whether a bias stands in for what removed members contributed on average.
         scaling: alpha / rank (s), the same at every rank.
         importance_gain: Weight of a round's importances in the server's moving average.
+        participants: Devices of a round, drawn anew for each; 0 for all.
         min_quorum: Share of the assigned devices without which a deadline does not end a round.
         deadline_slack: A round with deadline D ends at the latest after D times this.
         max_update_norm: Largest Frobenius norm of scaling * B @ A of a matrix (and of a task-head parameter) taken.
@@ -60,10 +67,12 @@ class RunSettings:
     prune_interval: int = 20
     batch_size: int = 16
     learning_rate: float = 2e-3
+    learning_rate_rank: int = 0
     final_learning_rate_fraction: float = 0.1
     ranks: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     max_pruning_ratio: float = 0.7
     target_sparsity: float = 0.5
+    schedule: str = "cubic"
     warmup_fraction: float = 0.1
     cooldown_fraction: float = 0.2
     controller: str = "structured"
@@ -75,9 +84,11 @@ class RunSettings:
     example_weights: str = "examples"
     mask_agreement: float = 0.7
     mask_mode: str = "uniform"
+    importance: str = "lora-guided"
     mean_compensation: bool = True
     scaling: float = 2.0
     importance_gain: float = 0.5
+    participants: int = 0
     min_quorum: float = 0.5
     deadline_slack: float = 1.6
     max_update_norm: float = 1000.0
@@ -113,16 +124,20 @@ class RunSettings:
         return cls(**{**document, "ranks": tuple(document["ranks"])})
 
 
-def learning_rate_of(settings: RunSettings, round_index: int) -> float:
-    """Returns the AdamW step size of a round: linear from `learning_rate` to its final fraction."""
+def learning_rate_of(settings: RunSettings, round_index: int, rank: int) -> float:
+    """Returns the AdamW step size of a rank in a round: linear from `learning_rate` to its final fraction."""
     progress = round_index / max(1, settings.rounds - 1)
-    return settings.learning_rate * (1 - (1 - settings.final_learning_rate_fraction) * min(1.0, progress))
+    at_rank = settings.learning_rate_rank / rank if settings.learning_rate_rank else 1.0
+    return at_rank * settings.learning_rate * (1 - (1 - settings.final_learning_rate_fraction) * min(1.0, progress))
 
 
 def _check_counts(settings: RunSettings) -> None:
     for name in ("rounds", "steps_per_round", "prune_interval", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, found {getattr(settings, name)}")
+    for name in ("participants", "learning_rate_rank"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} must not be negative, found {getattr(settings, name)}")
     ranks = settings.ranks
     if not ranks or ranks[0] < 1 or list(ranks) != sorted(set(ranks)):
         raise ValueError(f"ranks must be ascending and positive, found {list(ranks)}")
@@ -156,10 +171,16 @@ def _check_names(settings: RunSettings) -> None:
         "controller": CONTROLLER_NAMES,
         "aggregation": AGGREGATION_NAMES,
         "mask_mode": MASK_MODES,
+        "schedule": SCHEDULES,
+        "importance": IMPORTANCES,
         "example_weights": EXAMPLE_WEIGHTS,
     }
     for name, allowed in choices.items():
         if getattr(settings, name) not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, found {getattr(settings, name)}")
-    if settings.aggregation == "fedavg" and settings.controller != "fixed":
-        raise ValueError("aggregation fedavg averages equal ranks only: use controller fixed, or aggregation spine")
+    fixed = settings.controller == "fixed" and "memory_per_rank" not in settings.controller_options
+    one_rank = fixed or "rank" in settings.controller_options
+    if settings.aggregation == "fedavg" and not one_rank:
+        raise ValueError(
+            "aggregation fedavg averages equal ranks only: use controller fixed, sucb with a rank, or aggregation spine"
+        )

@@ -37,6 +37,8 @@ TASK = {
     "pruning_ratio": 0.25,
     "rank": 4,
     "num_steps": 8,
+    "min_steps": 2,
+    "budget_seconds": None,
     "seed": 7,
     "base_sha256": "b" * 64,
     "recipe": {"classes": ["x", "y"], "prompt": None},

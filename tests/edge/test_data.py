@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import questions, tiny_tokenizer
 
 from fedspine_edge.batches import Encoding, collate, prompt_batches, training_batches
-from fedspine_edge.data import Example, load_examples, partition, split
+from fedspine_edge.data import Example, by_domain, load_examples, partition, split
 from fedspine_edge.errors import DataError
 
 ROWS = [Example(*pair) for pair in questions()]
@@ -66,7 +66,10 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_file_of_another_kind_is_refused():
-    with pytest.raises(DataError, match=r"expected trec6 or a \.jsonl or \.csv file, found 'rows.xml'"):
+    with pytest.raises(
+        DataError,
+        match=r"expected trec6, r8, sentiment, sentiment-domains or a \.jsonl or \.csv file, found 'rows.xml'",
+    ):
         load_examples("rows.xml")
 
 
@@ -193,3 +196,30 @@ def test_prompt_batches_show_every_prompt_once(decoder):
         for row, index in enumerate(indices)
     }
     assert shown == dict(enumerate(tokens.prompts()))
+
+
+def test_devices_by_domain_have_one_domain_each_in_its_share_of_them():
+    domains = ["a"] * 60 + ["b"] * 30 + ["c"] * 3
+    shards = by_domain(domains, num_devices=8, seed=0)
+    assert sorted(row for shard in shards for row in shard) == list(range(93))
+    assert all(len({domains[row] for row in shard}) == 1 for shard in shards)
+    assert [sum(domains[shard[0]] == name for shard in shards) for name in "abc"] == [5, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("domains", "count", "message"),
+    [
+        (["a", "b"], 1, "expected at least one device a domain, found 1 for 2 domains"),
+        (["a"], 2, "expected at least one example a device, found 1 for 2 devices"),
+    ],
+)
+def test_domains_that_cannot_be_dealt_are_refused(domains, count, message):
+    with pytest.raises(DataError, match=message):
+        by_domain(domains, num_devices=count, seed=0)
+
+
+def test_sentiment_is_in_two_classes_and_knows_its_domain():
+    movies = load_examples("sentiment")
+    assert {example.label for example in movies} == {"positive", "negative"}
+    assert {example.domain for example in movies} == {"movie"}
+    assert len(movies) == 10566

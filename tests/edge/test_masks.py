@@ -112,5 +112,20 @@ def test_a_ratio_out_of_range_is_refused():
 
 def test_an_unknown_mode_is_refused():
     plan = layout()
-    with pytest.raises(ValueError, match="expected mask mode uniform or per-layer, found 'sideways'"):
+    with pytest.raises(ValueError, match="expected mask mode uniform or per-layer or layers, found 'sideways'"):
         choose(plan, scores_of(plan, 0), pruning_ratio=0.1, mode="sideways")
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.8])
+def test_whole_layers_go_least_important_first_and_one_in_between(ratio):
+    plan = layout()
+    scores = {g.name: np.full(g.num_members, float(g.name.split(".")[1]) + 1) for g in plan.groups}  # later = better
+    keep = choose(plan, scores, pruning_ratio=ratio, mode="layers")
+    for kind in {group.kind for group in plan.groups}:
+        groups = [group for group in plan.groups if group.kind == kind]
+        kept = [len(keep[group.name]) for group in groups]
+        assert sum(kept) <= sum(group.num_members for group in groups) * (1 - ratio) + groups[0].block * len(groups)
+        assert kept == sorted(kept)
+        partial = [k for k, g in zip(kept, groups, strict=True) if g.block < k < g.num_members]
+        assert len(partial) <= 1
+        assert all(k % g.block == 0 and k >= g.block for k, g in zip(kept, groups, strict=True))

@@ -84,7 +84,7 @@ def test_importance_is_the_definition(tiny_models):
         estimate = linear.lora_b.grad @ a + b @ linear.lora_a.grad - linear.lora_b.grad @ linear.lora_a.grad
         sums = (estimate * (weight + 2.0 * b @ a)).abs().sum(axis)
         expected += sums / sums.norm()
-    found = member_scores(shrunk.layout, "layers.0.ffn", shrunk.linears, kept_counts(shrunk.keep))
+    found = member_scores(shrunk.layout, "layers.0.ffn", shrunk.linears, len(shrunk.keep["layers.0.ffn"]))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
@@ -92,10 +92,10 @@ def test_a_measurement_that_is_not_finite_is_skipped_and_counted(tiny_models):
     shrunk, batches = fitted(tiny_models["llama"])
     loss_of(shrunk.model, batches[0]).backward()
     meter = ImportanceMeter()
-    meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+    meter.measure(shrunk.layout, shrunk.linears, shrunk.keep)
     before = {name: scores.copy() for name, scores in meter.scores.items()}
     shrunk.linears["model.layers.0.mlp.up_proj"].lora_b.grad[0, 0] = torch.nan
-    meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+    meter.measure(shrunk.layout, shrunk.linears, shrunk.keep)
     assert meter.num_skipped == 1
     assert all(np.array_equal(before[name], meter.scores[name]) for name in before)
 
@@ -115,3 +115,56 @@ def test_a_batch_in_parts_leaves_the_gradient_of_the_whole(family, tiny_models, 
         np.testing.assert_allclose(inputs[name], mean, atol=1e-3)
     for part, of_whole in zip(parts, whole, strict=True):
         torch.testing.assert_close(part, of_whole, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_gradient_importance_is_that_of_the_true_gradient(family, tiny_models):
+    shrunk, batches = fitted(tiny_models[family], decoder=family == "llama")
+    meter = ImportanceMeter(kind="gradient")
+    seen, hooks = {}, []
+    for name, linear in shrunk.linears.items():
+
+        def note(module, inputs, output, name=name):
+            x = inputs[0].detach().flatten(0, -2)
+            output.register_hook(lambda g: seen.__setitem__(name, g.flatten(0, -2).t() @ x))
+
+        hooks.append(linear.register_forward_hook(note))
+    with meter.watching(shrunk.linears):
+        loss_of(shrunk.model, batches[0]).backward()
+    meter.measure(shrunk.layout, shrunk.linears, shrunk.keep)
+    group = shrunk.layout.groups[-1].name
+    members, expected = len(shrunk.keep[group]), 0.0
+    for matrix in shrunk.layout.matrices:
+        if group in (matrix.out_group, matrix.in_group):
+            product = (seen[matrix.name] * shrunk.base.weight(matrix.name)).abs()
+            sums = product.sum(1 if matrix.out_group == group else 0).view(members, -1).sum(1)
+            expected = expected + sums / sums.norm()
+    np.testing.assert_allclose(meter.scores[group], expected.numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_magnitude_importance_is_the_weights_and_random_the_same_on_every_device(tiny_models):
+    shrunk, _ = fitted(tiny_models["llama"])
+    meters = {kind: ImportanceMeter(kind=kind) for kind in ("magnitude", "random")}
+    for meter in meters.values():
+        meter.measure(shrunk.layout, shrunk.linears, shrunk.keep)
+    sums = [
+        shrunk.base.weight(f"model.layers.0.mlp.{name}").abs().sum(axis)
+        for name, axis in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 0))
+    ]
+    expected = sum(values / values.norm() for values in sums)
+    np.testing.assert_allclose(meters["magnitude"].scores["layers.0.ffn"], expected.numpy(), rtol=1e-4)
+    fewer = {name: members[1:] for name, members in shrunk.keep.items()}
+    again = ImportanceMeter(kind="random")
+    again.measure(shrunk.layout, shrunk.linears, fewer)
+    for name, scores in meters["random"].scores.items():
+        assert np.array_equal(again.scores[name], scores[1:])
+        assert len(set(scores.tolist())) == len(scores)
+
+
+def test_a_round_ends_when_it_is_enough(tiny_models):
+    shrunk, batches = fitted(tiny_models["llama"])
+    enough = [False, True]
+    tuned = tune(
+        shrunk, batches, learning_rate=0.0, prune_interval=99, narrower=never, enough=lambda steps: enough[steps - 1]
+    )
+    assert tuned.num_steps == 2

@@ -123,7 +123,8 @@ class ToyDevice:
         path = own_folder / "task.blob"
         self.link.download(task["blob"]["sha256"], task["blob"]["num_bytes"], path)
         message = unpack(path.read_bytes(), max_bytes=task["blob"]["message_bytes"])
-        own = {name: task[name] for name in ("device_id", "pruning_ratio", "num_steps", "seed")}
+        names = ("device_id", "pruning_ratio", "num_steps", "seed", "budget_seconds", "min_steps")
+        own = {name: task[name] for name in names}
         return dataclasses.replace(assignment_from_bytes(message), **own)
 
     def send(self, task: dict[str, Any], frame: bytes, folder: Path) -> dict[str, Any]:

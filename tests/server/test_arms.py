@@ -102,3 +102,9 @@ def test_transfer_bytes_are_those_of_the_messages():
     constant = 240 + 112 + 12
     assert law.transfer_bytes(Arm(0.5, 2), revive=True) == 2 * 2 * (96 + 56) + 2 * 2 * 208 + 2 * constant
     assert law.transfer_bytes(Arm(0.5, 2), revive=False) == 2 * 2 * 2 * (96 + 56) + 2 * constant
+
+
+def test_one_shot_prunes_nothing_before_cool_down_and_everything_then():
+    settings = RunSettings(rounds=10, schedule="one-shot", cooldown_fraction=0.3)
+    assert [schedule_ratio(settings, t) for t in range(10)] == [0.0] * 7 + [0.5] * 3
+    assert ratio_band(settings, 6, last_ratio=0.0) == (0.0, 0.0)

@@ -6,8 +6,7 @@ import pytest
 import toy
 
 from fedspine_server.arms import Arm, cost_law
-from fedspine_server.controllers import CONTROLLERS, Context, DeviceFacts, timing, utility
-from fedspine_server.controllers import sucb as sucb_module
+from fedspine_server.controllers import CONTROLLERS, Context, DeviceFacts, timing, unit_square, utility
 from fedspine_server.reward import Outcome
 from fedspine_server.settings import RunSettings
 
@@ -49,7 +48,7 @@ def test_states_are_json_and_proposals_repeat(name):
     assert all(choice.reason for choice in choices)
 
 
-@pytest.mark.parametrize("name", ["structured", "sucb"])
+@pytest.mark.parametrize("name", ["structured", "sucb", "hoo", "grid-ucb"])
 def test_choices_are_among_the_allowed_arms(name):
     settings = dataclasses.replace(SETTINGS, controller=name)
     state = learned(CONTROLLERS[name], settings, a=1.0, b=0.3)
@@ -87,12 +86,15 @@ def test_structured_gives_a_slow_device_less_and_both_finish_about_the_deadline(
     controller = CONTROLLERS["structured"]
     state = learned(controller, a=1.0, b=0.4)
     (slow, fast), _ = controller.propose(state, context())
-    assert slow.num_steps < fast.num_steps
+    planned = [int(choice.reason.split(" steps")[0]) for choice in (slow, fast)]
+    assert planned[0] < planned[1]
     assert slow.deadline_seconds == fast.deadline_seconds
     assert slow.deadline_seconds < 20 * 1.0  # everyone at the nominal steps would take as long as the slow one
-    for choice, seconds in ((slow, 1.0), (fast, 0.4)):
-        if choice.num_steps < 2 * SETTINGS.steps_per_round:
-            took = choice.num_steps * seconds * (0.2 + 0.7 * (1 - choice.pruning_ratio) + 0.1 * choice.rank / 16) / 0.81
+    for choice, steps, seconds in ((slow, planned[0], 1.0), (fast, planned[1], 0.4)):
+        assert choice.budget_seconds == pytest.approx(choice.deadline_seconds, rel=0.01)  # less the transfers
+        assert choice.num_steps == 2 * SETTINGS.steps_per_round  # the device stops by its own clock
+        if steps < choice.num_steps:
+            took = steps * seconds * (0.2 + 0.7 * (1 - choice.pruning_ratio) + 0.1 * choice.rank / 16) / 0.81
             assert took == pytest.approx(choice.deadline_seconds, rel=0.15)
 
 
@@ -233,7 +235,7 @@ def test_sucb_leaves_always_tile_the_square():
     leaves = state["agents"]["a"]["leaves"]
     assert sum((b - a) * (d - c) for a, b, c, d in leaves) == pytest.approx(1.0)
     for point in generator.random((50, 2)):
-        assert sum(sucb_module._inside(leaf, tuple(point)) for leaf in leaves) == 1
+        assert sum(unit_square.inside(leaf, tuple(point)) for leaf in leaves) == 1
 
 
 def test_sucb_older_pulls_count_less():

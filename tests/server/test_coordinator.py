@@ -230,3 +230,17 @@ def test_the_order_of_results_changes_nothing(begin):
     assert coordinator.adapter_sha256(one) == coordinator.adapter_sha256(other)
     assert one.history == other.history
     assert one.controller_state == other.controller_state
+
+
+def test_participants_are_a_seeded_draw_of_who_is_there():
+    settings = coordinator.RunSettings(rounds=4, ranks=(2, 4), fixed_rank=2, participants=3)
+    state = coordinator.init(settings, toy.layout(), toy.task_head())
+    for index in range(8):
+        state = coordinator.register(state, f"device-{index}", num_examples=10, memory_bytes=8 << 30)
+    asked = [[a.device_id for a in coordinator.assign(dataclasses.replace(state, round_index=t))[0]] for t in range(4)]
+    assert all(len(set(names)) == 3 and names == sorted(names) for names in asked)
+    assert len({tuple(names) for names in asked}) > 1
+    assert asked[0] == [a.device_id for a in coordinator.assign(state)[0]]
+    for index in range(6):
+        state = coordinator.leave(state, f"device-{index}")
+    assert [a.device_id for a in coordinator.assign(state)[0]] == ["device-6", "device-7"]

@@ -19,11 +19,11 @@ def test_the_names_are_those_of_the_registries():
 
 def test_the_learning_rate_falls_linearly_to_its_final_fraction():
     settings = RunSettings(rounds=5, learning_rate=1.0, final_learning_rate_fraction=0.2)
-    assert [learning_rate_of(settings, t) for t in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert [learning_rate_of(settings, t, 8) for t in range(5)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_a_run_of_one_round_has_the_first_learning_rate():
-    assert learning_rate_of(RunSettings(rounds=1, learning_rate=0.5), 0) == 0.5
+    assert learning_rate_of(RunSettings(rounds=1, learning_rate=0.5), 0, 8) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,15 @@ def test_a_run_of_one_round_has_the_first_learning_rate():
         ({"max_pruning_ratio": 1.0}, "max_pruning_ratio must be below 1"),
         ({"target_sparsity": 0.8}, "target_sparsity 0.8 is above max_pruning_ratio 0.7"),
         ({"warmup_fraction": 0.6, "cooldown_fraction": 0.6}, "leave no rounds to prune in"),
-        ({"controller": "lucky"}, "controller must be one of structured, sucb, fixed, found lucky"),
+        ({"controller": "lucky"}, "controller must be one of structured, sucb, hoo, grid-ucb, fixed, found lucky"),
         (
             {"aggregation": "sum"},
             "aggregation must be one of spine, hetlora, flexlora, flora, fedavg, trimmed-mean, median, found sum",
         ),
-        ({"mask_mode": "random"}, "mask_mode must be one of uniform, per-layer, found random"),
+        ({"mask_mode": "random"}, "mask_mode must be one of uniform, per-layer, layers, found random"),
+        ({"schedule": "slow"}, "schedule must be one of cubic, one-shot, found slow"),
+        ({"importance": "luck"}, "importance must be one of lora-guided, salience"),
+        ({"participants": -1}, "participants must not be negative, found -1"),
         ({"aggregation": "fedavg"}, "fedavg averages equal ranks only: use controller fixed"),
     ],
 )
@@ -63,3 +66,8 @@ def test_an_unknown_mode_of_sucb_is_refused():
     settings = RunSettings(controller="sucb", controller_options={"mode": "wild"})
     with pytest.raises(ValueError, match="sucb mode must be one of paper, capped, found wild"):
         controllers.CONTROLLERS["sucb"].init(settings)
+
+
+def test_the_step_size_falls_with_the_rank_where_it_is_meant_for_one():
+    settings = RunSettings(rounds=1, learning_rate=0.4, learning_rate_rank=8)
+    assert [learning_rate_of(settings, 0, rank) for rank in (4, 8, 32)] == pytest.approx([0.8, 0.4, 0.1])

@@ -19,7 +19,7 @@ HASH = re.compile(r"[0-9a-f]{64}")
 TASK_ID = re.compile(r"[0-9a-f]{32}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_BYTES = 1 << 31
-COUNTS = ("attempt", "round_index", "rank", "num_steps", "seed", "chunk_bytes", "max_update_bytes")
+COUNTS = ("attempt", "round_index", "rank", "num_steps", "min_steps", "seed", "chunk_bytes", "max_update_bytes")
 
 
 def checked_task(reply: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +38,9 @@ def checked_task(reply: Mapping[str, Any]) -> dict[str, Any]:
             "base_sha256": _text(reply, "base_sha256", HASH),
             "pruning_ratio": _number(reply, "pruning_ratio", 1.0),
             "lease_seconds": _number(reply, "lease_seconds", math.inf),
+            "budget_seconds": None
+            if reply.get("budget_seconds") is None
+            else _number(reply, "budget_seconds", math.inf),
             "blob": {
                 "sha256": _text(blob, "sha256", HASH),
                 "num_bytes": _count(blob, "num_bytes", MAX_BYTES),

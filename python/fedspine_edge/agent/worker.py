@@ -160,9 +160,12 @@ def _tune(opened: _Opened, message: Mapping[str, Any], control: _Control, say: A
     return {"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
 
 
+OWN = ("device_id", "pruning_ratio", "num_steps", "seed", "budget_seconds", "min_steps")
+
+
 def own_assignment(message: bytes, task: Mapping[str, Any]) -> Assignment:
     """Returns the assignment in a message that devices share, with what is this device's own put in."""
-    own = {name: task[name] for name in ("device_id", "pruning_ratio", "num_steps", "seed")}
+    own = {name: task[name] for name in OWN}
     return dataclasses.replace(assignment_from_bytes(message), **own)
 
 

@@ -20,8 +20,8 @@ from fedspine_edge.base_model import BaseModel, open_base
 from fedspine_edge.batches import Encoding, TokenSet
 from fedspine_edge.commands.boards import Fleet
 from fedspine_edge.commands.workers import WorkerSetup
-from fedspine_edge.config import Experiment, cache_directory, load_table, settings_from
-from fedspine_edge.data import Example, Split, load_examples, partition, split
+from fedspine_edge.config import Experiment, cache_directory, load_table, method, settings_from
+from fedspine_edge.data import Example, Split, by_domain, load_examples, partition, split
 from fedspine_edge.errors import CheckpointError, UsageError
 from fedspine_edge.protocol import Layout
 from fedspine_edge.sources import model_directory
@@ -50,6 +50,7 @@ class Overrides:
     law: Path | None = None
     engine: str | None = None
     ray_address: str | None = None
+    method: str | None = None
 
 
 def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, resume: Path | None) -> Path:
@@ -112,6 +113,8 @@ def write_experiment(run_dir: Path, preset: str, table: Mapping[str, Any]) -> No
 
 
 def _with_overrides(table: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    if overrides.method is not None:
+        table = method(overrides.method).applied_to(table)
     run, fleet = dict(table.get("run", {})), dict(table.get("fleet", {}))
     top = {"model": overrides.model, "data": overrides.data, "seed": overrides.seed}
     top |= {name: getattr(overrides, name) for name in ("dense_reference", "engine", "ray_address")}
@@ -216,7 +219,7 @@ def build_scene(run_dir: Path) -> Scene:
     base = open_base(model_directory(experiment.model, cache_directory()))
     classes = tuple(sorted({example.label for example in examples}))
     decoder = base.family.task == "decoder"
-    encoding = Encoding(base.tokenizer(), classes, experiment.prompt if decoder else None)
+    encoding = Encoding(base.tokenizer(), classes, experiment.prompt if decoder else None, experiment.max_tokens)
     choices = encoding.choice_tokens() if decoder else None
     bench = open_workbench(base.path, sha256=base.sha256, num_labels=len(classes), choices=choices)
     liars = fleet.liars(experiment.seed)
@@ -257,6 +260,8 @@ def build_scene(run_dir: Path) -> Scene:
 
 def shares_of(experiment: Experiment, parts: Split, num_devices: int) -> list[np.ndarray]:
     """Returns which rows of the training examples each device has."""
+    if experiment.by_domain:
+        return by_domain([e.domain for e in parts.train], num_devices=num_devices, seed=experiment.seed)
     labels = [example.label for example in parts.train]
     return partition(labels, num_devices=num_devices, alpha=experiment.dirichlet_alpha, seed=experiment.seed)
 

@@ -31,12 +31,14 @@ class DeviceFacts:
         num_examples: Examples it trains on.
         weight: Its share of the round's update, summing to 1 over the round's devices.
         arms: What it may be given, ascending; never empty.
+        memory_bytes: Its memory limit; 0 where unknown.
     """
 
     device_id: str
     num_examples: int
     weight: float
     arms: tuple[Arm, ...]
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ class Choice:
         num_steps: Local iterations.
         reason: Why, for the history and the live table.
         deadline_seconds: Planned length of the round, the same for all devices; None waits for everyone.
+        budget_seconds: Local work after which the device stops by its own clock, whatever is left of `num_steps`; None
+            does them all.
+        min_steps: Iterations that it does all the same.
     """
 
     device_id: str
@@ -83,6 +88,8 @@ class Choice:
     num_steps: int
     reason: str
     deadline_seconds: float | None = None
+    budget_seconds: float | None = None
+    min_steps: int = 1
 
 
 @dataclass(frozen=True)

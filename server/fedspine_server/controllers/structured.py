@@ -3,7 +3,8 @@
 Comes in: allowed arms, and after each round seconds, bytes, losses and update norms. Goes out: for each device an arm
 and a number of local iterations so that all finish about the deadline, and that deadline. A round is as long as the
 slowest device, so matching its length matters more than any single arm: a slow device gets fewer iterations, more
-pruning and less rank, a fast one more iterations.
+pruning and less rank, a fast one more iterations. How many fit is decided on the device, by its own clock: nobody
+else knows what else it has to do, and a device that was never timed needs no guess.
 
 The deadline: among 70 lengths D, the one with the most expected progress a second; but a run has a given number of
 rounds, so no shorter than it takes to make 1.2 times the progress of a nominal round (everyone at the schedule's ratio
@@ -28,13 +29,18 @@ from fedspine_server.settings import RunSettings
 
 NUM_DEADLINES = 70
 DEADLINE_SMOOTHING = 0.5
-COLD_START_RANK = 16  # the largest rank not above this opens the run
 COLD_START_STEPS = 0.5  # share of the nominal steps: nothing is known yet, so the fast devices wait for the slow
 LEAST_STEPS, MOST_STEPS = 0.25, 2.0  # shares of the nominal steps
 COVERED_EXAMPLES = 0.9
 OVERSHOOT_PENALTY = 1.2  # ln worth a unit of ratio above the schedule: nobody else trains those members less
 # Progress 1.2: at 1.0 a run of 12 rounds was as far at the same second, but ended 0 to 3 points lower.
-DEFAULT_OPTIONS = {"progress": 1.2, "exploration": 0.5, "step_law": timing.PRIOR_WORK}
+DEFAULT_OPTIONS = {
+    "progress": 1.2,
+    "exploration": 0.5,
+    "step_law": timing.PRIOR_WORK,
+    "rank_worth": 1.2,
+    "opening_rank": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,10 @@ class _Offers:
 def init(settings: RunSettings) -> ControllerState:
     """Returns the state before the first round.
 
-    Options: `progress` (a round's progress in nominal rounds), `exploration` (scale of the Thompson draws) and
-    `step_law` (parts of the `StepLaw` believed until devices report).
+    Options: `progress` (a round's progress in nominal rounds), `exploration` (scale of the Thompson draws), `step_law`
+    (parts of the `StepLaw` believed until devices report), `rank_worth` (what the largest rank is believed to add to
+    the logarithm of a round's worth; small where `learning_rate_rank` makes steps alike) and `opening_rank` (the
+    largest rank not above it opens the run).
 
     Raises:
         ValueError: An unknown option, or no such law.
@@ -70,7 +78,9 @@ def init(settings: RunSettings) -> ControllerState:
     return {
         "options": {**options, "step_law": list(options["step_law"])},
         "timing": timing.init(options["step_law"]),
-        "utility": utility.init(settings.ranks, settings.max_pruning_ratio, settings.steps_per_round),
+        "utility": utility.init(
+            settings.ranks, settings.max_pruning_ratio, settings.steps_per_round, options["rank_worth"]
+        ),
         "deadline_seconds": None,
     }
 
@@ -97,7 +107,8 @@ def observe(state: ControllerState, outcomes: Sequence[Outcome]) -> ControllerSt
 
 
 def _opening_rank(settings: RunSettings) -> int:
-    return max((rank for rank in settings.ranks if rank <= COLD_START_RANK), default=settings.ranks[0])
+    wanted = {**DEFAULT_OPTIONS, **settings.controller_options}["opening_rank"]
+    return max((rank for rank in settings.ranks if rank <= wanted), default=settings.ranks[0])
 
 
 def _nearest(device: DeviceFacts, ratio: float, rank: int) -> Arm:
@@ -174,9 +185,12 @@ def _choice(state: ControllerState, context: Context, offer: _Offers, deadline: 
     worth, steps = _worth(context, offer, np.array([deadline]))
     device_id = offer.device.device_id
     least, _ = _step_limits(context)
+    most = num_steps = _step_limits(context)[1]
+    budget = None
     if worth.max() > 0:
         index = int(np.argmax(worth[0]))
         num_steps = int(steps[0, index])
+        budget = float(deadline - offer.transfer_seconds[index])
         plan = "gain"
     else:  # nothing fits: the least it can do, as early as it can
         index = int(np.argmin(offer.transfer_seconds + least * offer.step_seconds))
@@ -186,5 +200,8 @@ def _choice(state: ControllerState, context: Context, offer: _Offers, deadline: 
     expected = float(offer.transfer_seconds[index] + num_steps * offer.step_seconds[index])
     count = utility.offset(state["utility"], device_id)[1]
     gain = float(offer.quality[index]) * (num_steps / context.settings.steps_per_round) ** offer.exponent
-    reason = f"{expected:.1f} s expected of {deadline:.1f} s, {plan} {gain:.2f}, {count} rounds known"
-    return Choice(device_id, arm.pruning_ratio, arm.rank, num_steps, reason, deadline)
+    reason = (
+        f"{num_steps} steps in {expected:.1f} s expected of {deadline:.1f} s, {plan} {gain:.2f}, {count} rounds known"
+    )
+    asked = num_steps if budget is None else most
+    return Choice(device_id, arm.pruning_ratio, arm.rank, asked, reason, deadline, budget, least)

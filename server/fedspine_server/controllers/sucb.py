@@ -13,17 +13,16 @@ Source: FedSpine (arXiv 2501.02438), ingredients; FedMP's discounted form; the s
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedspine_server.arms import Arm
 from fedspine_server.controllers.contract import Choice, Context, ControllerState, DeviceFacts, check_options
+from fedspine_server.controllers.unit_square import WHOLE, inside, position, ranges
 from fedspine_server.reward import Outcome, rewards
 from fedspine_server.settings import RunSettings
-
-Leaf = tuple[float, float, float, float]  # low x1, high x1, low x2, high x2
-WHOLE: Leaf = (0.0, 1.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,21 @@ MODES = {
 
 
 def init(settings: RunSettings) -> ControllerState:
-    """Returns the state before the first round; option `mode` is `capped` (default) or `paper`.
+    """Returns the state before the first round.
+
+    Options: `mode`, `capped` (default) or `paper`; `rank`, the only one to be played (FedMP chooses ratios alone).
 
     Raises:
-        ValueError: An unknown option or mode.
+        ValueError: An unknown option or mode, or a rank that is not the run's.
     """
-    check_options(settings, ("mode",))
+    check_options(settings, ("mode", "rank"))
+    rank = settings.controller_options.get("rank")
+    if rank is not None and rank not in settings.ranks:
+        raise ValueError(f"sucb rank must be one of ranks {list(settings.ranks)}, found {rank}")
     mode = settings.controller_options.get("mode", "capped")
     if mode not in MODES:
         raise ValueError(f"sucb mode must be one of {', '.join(MODES)}, found {mode}")
-    return {"mode": mode, "max_ratio": settings.max_pruning_ratio, "ranks": list(settings.ranks), "agents": {}}
+    return {"mode": mode, **ranges(settings), "rank": rank, "agents": {}}
 
 
 def propose(state: ControllerState, context: Context) -> tuple[tuple[Choice, ...], ControllerState]:
@@ -69,7 +73,7 @@ def propose(state: ControllerState, context: Context) -> tuple[tuple[Choice, ...
     choices = []
     for device in context.devices:
         agent = state["agents"].get(device.device_id, {"leaves": [list(WHOLE)], "pulls": []})
-        arm, reason = _pick(state, agent, device, context)
+        arm, reason = _pick(state, agent, _playable(state, device), context)
         choices.append(Choice(device.device_id, arm.pruning_ratio, arm.rank, context.settings.steps_per_round, reason))
     return tuple(choices), state
 
@@ -77,25 +81,30 @@ def propose(state: ControllerState, context: Context) -> tuple[tuple[Choice, ...
 def observe(state: ControllerState, outcomes: Sequence[Outcome]) -> ControllerState:
     """Returns the state with each merged device's pull recorded, older pulls discounted, and its leaf split."""
     mode = MODES[state["mode"]]
-    agents = dict(state["agents"])
+    agents, worth = dict(state["agents"]), rewards(outcomes)
     for outcome in outcomes:
-        reward = rewards(outcomes).get(outcome.device_id)
+        reward = worth.get(outcome.device_id)
         if reward is None:
             continue
         agent = agents.get(outcome.device_id, {"leaves": [list(WHOLE)], "pulls": []})
-        x1, x2 = _position(state, Arm(outcome.pruning_ratio, outcome.rank))
+        x1, x2 = position(state, Arm(outcome.pruning_ratio, outcome.rank))
         pulls = [[a, b, value, weight * mode.discount] for a, b, value, weight in agent["pulls"]]
         pulls.append([x1, x2, reward, 1.0])
         agents[outcome.device_id] = {"leaves": _split(mode, agent["leaves"], pulls, (x1, x2)), "pulls": pulls}
     return {**state, "agents": agents}
 
 
+def _playable(state: ControllerState, device: DeviceFacts) -> DeviceFacts:
+    arms = tuple(arm for arm in device.arms if state.get("rank") in (None, arm.rank))
+    return dataclasses.replace(device, arms=arms or device.arms)  # a device too small for that rank plays what it can
+
+
 def _pick(state: ControllerState, agent: ControllerState, device: DeviceFacts, context: Context) -> tuple[Arm, str]:
     mode = MODES[state["mode"]]
     generator = context.generator(device.device_id)
-    positions = [(arm, _position(state, arm)) for arm in device.arms]
+    positions = [(arm, position(state, arm)) for arm in device.arms]
     # A leaf without an allowed arm cannot be played; the allowed arms always lie in some leaf.
-    leaves = [leaf for leaf in agent["leaves"] if any(_inside(leaf, x) for _, x in positions)]
+    leaves = [leaf for leaf in agent["leaves"] if any(inside(leaf, x) for _, x in positions)]
     statistics = [_statistics(leaf, agent["pulls"]) for leaf in leaves]
     total = sum(count for count, _ in statistics)
     bounds = [
@@ -106,39 +115,24 @@ def _pick(state: ControllerState, agent: ControllerState, device: DeviceFacts, c
     index = int(generator.choice([i for i, bound in enumerate(bounds) if bound == best]))
     leaf, (count, mean) = leaves[index], statistics[index]
     drawn = (generator.uniform(leaf[0], leaf[1]), generator.uniform(leaf[2], leaf[3]))
-    inside = [(arm, x) for arm, x in positions if _inside(leaf, x)]
-    arm = min(inside, key=lambda item: (math.dist(item[1], drawn), item[0]))[0]
+    allowed = [(arm, x) for arm, x in positions if inside(leaf, x)]
+    arm = min(allowed, key=lambda item: (math.dist(item[1], drawn), item[0]))[0]
     bound_text = "unvisited" if math.isinf(best) else f"mean {mean:.3f}, count {count:.1f}, bound {best:.3f}"
     return arm, f"leaf {index + 1} of {len(agent['leaves'])}: {bound_text}"
 
 
-def _position(state: ControllerState, arm: Arm) -> tuple[float, float]:
-    smallest, largest = state["ranks"][0], state["ranks"][-1]
-    span = math.log(largest / smallest)
-    x2 = math.log(arm.rank / smallest) / span if span > 0 else 0.0
-    return (arm.pruning_ratio / state["max_ratio"] if state["max_ratio"] > 0 else 0.0, x2)
-
-
-def _inside(leaf: Sequence[float], x: tuple[float, float]) -> bool:
-    """Half-open rectangles that close at 1, so that each point lies in exactly one leaf."""
-    return all(
-        low <= value and (value < high or high >= 1.0)
-        for value, low, high in ((x[0], leaf[0], leaf[1]), (x[1], leaf[2], leaf[3]))
-    )
-
-
 def _statistics(leaf: Sequence[float], pulls: Sequence[Sequence[float]]) -> tuple[float, float]:
-    inside = [(reward, weight) for x1, x2, reward, weight in pulls if _inside(leaf, (x1, x2))]
-    count = sum(weight for _, weight in inside)
-    return count, sum(reward * weight for reward, weight in inside) / count if count > 0 else 0.0
+    within = [(reward, weight) for x1, x2, reward, weight in pulls if inside(leaf, (x1, x2))]
+    count = sum(weight for _, weight in within)
+    return count, sum(reward * weight for reward, weight in within) / count if count > 0 else 0.0
 
 
 def _split(
     mode: Mode, leaves: list[list[float]], pulls: Sequence[Sequence[float]], x: tuple[float, float]
 ) -> list[list[float]]:
-    index = next(i for i, leaf in enumerate(leaves) if _inside(leaf, x))
+    index = next(i for i, leaf in enumerate(leaves) if inside(leaf, x))
     low1, high1, low2, high2 = leaf = leaves[index]
-    num_pulls = sum(_inside(leaf, (pull[0], pull[1])) for pull in pulls)
+    num_pulls = sum(inside(leaf, (pull[0], pull[1])) for pull in pulls)
     full = mode.max_leaves is not None and len(leaves) >= mode.max_leaves
     if full or num_pulls < mode.min_pulls or math.hypot(high1 - low1, high2 - low2) <= mode.min_diameter:
         return leaves

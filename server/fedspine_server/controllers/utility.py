@@ -20,7 +20,8 @@ from fedspine_server.reward import Outcome, relative_improvements
 
 UtilityState = dict[str, Any]
 # Rank: at equal scaling MiniLM on TREC-6 took 8 rounds at rank 8 and 4 at rank 32 to 70 %, at rank 2 more than 12.
-PRIOR_MEAN = (-0.2, -0.1, 1.2, -0.3, 0.0, 0.75)
+RANK_WORTH = 1.2
+RANK_BEND = -0.25  # of that, for the square
 PRIOR_DEVIATION = (0.15, 0.1, 0.2, 0.1, 0.1, 0.1)
 NOISE_DEVIATION = 0.5
 STEPS_EXPONENT_RANGE = (0.4, 1.0)
@@ -28,8 +29,11 @@ SHRINKAGE = 4.0  # rounds of evidence against which a device's own offset is wei
 LEAST_WORTH, MOST_WORTH = 0.1, 4.0
 
 
-def init(settings_ranks: Sequence[int], max_ratio: float, nominal_steps: int) -> UtilityState:
+def init(
+    settings_ranks: Sequence[int], max_ratio: float, nominal_steps: int, rank_worth: float = RANK_WORTH
+) -> UtilityState:
     """Returns the state before any observation."""
+    prior_mean = (-0.2, -0.1, rank_worth, RANK_BEND * rank_worth, 0.0, 0.75)
     precision = np.diag(1 / np.square(PRIOR_DEVIATION))
     return {
         "smallest_rank": settings_ranks[0],
@@ -37,7 +41,7 @@ def init(settings_ranks: Sequence[int], max_ratio: float, nominal_steps: int) ->
         "max_ratio": max_ratio,
         "nominal_steps": nominal_steps,
         "precision": precision.tolist(),
-        "moment": (precision @ PRIOR_MEAN).tolist(),
+        "moment": (precision @ prior_mean).tolist(),
         "offsets": {},
     }
 

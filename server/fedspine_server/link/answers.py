@@ -81,7 +81,7 @@ def late_results(
 
 
 def _asked(task: TaskRow, blobs: BlobStore) -> Assignment | None:
-    own = {name: task.spec[name] for name in ("pruning_ratio", "num_steps", "seed")}
+    own = {name: task.spec[name] for name in ("pruning_ratio", "num_steps", "seed", "budget_seconds", "min_steps")}
     try:
         shared = unpack(blobs.read(task.blob_sha256), max_bytes=task.spec["message_bytes"])
         return dataclasses.replace(assignment_from_bytes(shared), device_id=task.device_id, **own)

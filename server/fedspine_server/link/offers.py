@@ -47,6 +47,8 @@ def offer(
             "rank": assignment.rank,
             "num_steps": assignment.num_steps,
             "seed": assignment.seed,
+            "budget_seconds": assignment.budget_seconds,
+            "min_steps": assignment.min_steps,
             "deadline_seconds": task_deadline_seconds(state, assignment.device_id),
             "message_bytes": len(message),
         },
@@ -66,7 +68,9 @@ def task_deadline_seconds(state: RunState, device_id: str) -> float | None:
 
 def shared(assignment: Assignment) -> Assignment:
     """Returns an assignment without what is one device's own, so that devices with equal arrays share one blob."""
-    return dataclasses.replace(assignment, device_id="", pruning_ratio=0.0, num_steps=1, seed=0)
+    return dataclasses.replace(
+        assignment, device_id="", pruning_ratio=0.0, num_steps=1, seed=0, budget_seconds=None, min_steps=1
+    )
 
 
 def max_update_bytes(layout: Layout, rank: int) -> int:

@@ -144,6 +144,8 @@ class Task(Message):
     rank: int
     num_steps: int
     seed: int
+    budget_seconds: float | None
+    min_steps: int
     base_sha256: Sha256
     recipe: Recipe
     blob: BlobRef

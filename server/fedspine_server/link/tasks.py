@@ -131,6 +131,8 @@ def _message(hub: Hub, task: TaskRow, run: RunRow) -> Task:
         rank=spec["rank"],
         num_steps=spec["num_steps"],
         seed=spec["seed"],
+        budget_seconds=spec.get("budget_seconds"),
+        min_steps=spec.get("min_steps", 1),
         base_sha256=run.base_sha256,
         recipe=Recipe.model_validate(run.recipe),
         blob=BlobRef(
