@@ -19,7 +19,7 @@ from fedspine_edge.cli_link import commands as link_commands
 from fedspine_edge.cli_model import commands as model_commands
 from fedspine_edge.cli_page import commands as page_commands
 from fedspine_edge.cli_profile import commands as profile_commands
-from fedspine_edge.errors import FedSpineError, InterruptedRunError
+from fedspine_edge.errors import FedSpineError, InterruptedRunError, UsageError
 
 app = typer.Typer(
     help="Federated fine-tuning that shrinks the model while it learns.",
@@ -45,11 +45,15 @@ def simulate(
     experiment: Annotated[str | None, typer.Argument(help="quickstart, encoder, or a .toml file.")] = None,
     *,
     model: Annotated[str | None, typer.Option(help="Packaged model, model directory or GGUF file.")] = None,
-    data: Annotated[str | None, typer.Option(help="trec6, or a .jsonl or .csv with text and label.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="trec6, r8, sentiment, sentiment-domains, or a .jsonl or .csv with text and label."),
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Devices, in the preset's mix of boards.", min=1)] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.", min=0)] = None,
-    controller: Annotated[str | None, typer.Option(help="structured, sucb or fixed.")] = None,
+    method: Annotated[str | None, typer.Option(help="A published method's settings, such as hetlora or fedmp.")] = None,
+    controller: Annotated[str | None, typer.Option(help="structured, sucb, hoo, grid-ucb or fixed.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Share of heads and FFN channels to go.")] = None,
     dense_reference: Annotated[
         bool | None, typer.Option(help="Also run it unpruned, to compare with (the preset decides).")
@@ -72,7 +76,20 @@ def simulate(
     from fedspine_edge.commands import experiment as run
     from fedspine_edge.commands import simulate as command
 
-    table = (model, data, devices, rounds, seed, controller, sparsity, dense_reference, law, engine, ray_address)
+    table = (
+        model,
+        data,
+        devices,
+        rounds,
+        seed,
+        controller,
+        sparsity,
+        dense_reference,
+        law,
+        engine,
+        ray_address,
+        method,
+    )
     overrides = run.Overrides(*table)
     run_dir = run.prepare(experiment, overrides, out=out, resume=resume)
     try:
@@ -91,6 +108,40 @@ def simulate(
         from fedspine_edge.commands.page import stay
 
         stay()
+
+
+@app.command()
+def reproduce(
+    *,
+    quick: Annotated[bool, typer.Option("--quick", help="Every method once on one task, in fewer rounds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The whole grid; hours, and it goes on where it was.")] = False,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Run nothing; print from the results that are there.")
+    ] = False,
+    results: Annotated[Path | None, typer.Option(help="Folder of results.")] = None,
+    laws: Annotated[Path, typer.Option(help="Folder of measured step-time laws.")] = Path("benchmarks/results"),
+    work: Annotated[Path, typer.Option(help="Folder of runs under way.")] = Path("runs/reproduce"),
+    page: Annotated[Path | None, typer.Option(help="Write the page of plots here.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only runs whose name holds this.")] = None,
+    workers: Annotated[int, typer.Option(help="Devices trained at once.", min=1)] = 2,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Compare methods: real training of every method, task and seed of the grid, then the figures."""
+    if quick + full + summary != 1 and not (summary and quick):
+        raise UsageError("expected one of --quick, --full and --summary", hint="fedspine reproduce --summary")
+    from fedspine_edge.commands import reproduce as command
+
+    folder = results or (Path("runs/reproduce-quick") if quick else Path("benchmarks/results/reproduce"))
+    wanted = command.Wanted(folder, laws, work, quick, only, workers)
+    if not summary:
+        try:
+            command.run_grid(wanted, tell=lambda line: typer.echo(line, err=True))
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                "interrupted; what is finished is kept", hint="give the same command again"
+            ) from None
+    found = command.summary_of(wanted, page or (None if summary else folder.with_suffix(".html")))
+    typer.echo(command.as_json(found) if json else command.as_text(found))
 
 
 def main() -> None:

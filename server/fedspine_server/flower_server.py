@@ -117,7 +117,10 @@ class FlowerCarrier:
         return {
             "task_id": hashlib.sha256(repr(own).encode()).hexdigest()[:32],
             **{name: getattr(one, name) for name in ("run_id", "device_id", "round_index", "base_sha256", "rank")},
-            **{name: getattr(one, name) for name in ("pruning_ratio", "num_steps", "seed")},
+            **{
+                name: getattr(one, name)
+                for name in ("pruning_ratio", "num_steps", "seed", "budget_seconds", "min_steps")
+            },
             "attempt": 0,
             "lease_seconds": self._ttl_seconds,
             "chunk_bytes": MAX_MESSAGE_BYTES,
@@ -190,7 +193,9 @@ class FlowerCarrier:
 
 def shared(assignment: Assignment) -> Assignment:
     """Returns an assignment without what is one device's own, so that devices with equal arrays share one array."""
-    return dataclasses.replace(assignment, device_id="", pruning_ratio=0.0, num_steps=1, seed=0)
+    return dataclasses.replace(
+        assignment, device_id="", pruning_ratio=0.0, num_steps=1, seed=0, budget_seconds=None, min_steps=1
+    )
 
 
 @app.main()

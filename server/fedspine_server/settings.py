@@ -135,23 +135,25 @@ def _check_counts(settings: RunSettings) -> None:
     for name in ("rounds", "steps_per_round", "prune_interval", "batch_size"):
         if getattr(settings, name) < 1:
             raise ValueError(f"{name} must be at least 1, found {getattr(settings, name)}")
-    for name in ("participants", "learning_rate_rank"):
+    for name in ("participants", "learning_rate_rank", "clip_factor"):
         if getattr(settings, name) < 0:
             raise ValueError(f"{name} must not be negative, found {getattr(settings, name)}")
+    _check_ranks(settings)
+    for name in ("learning_rate", "scaling", "max_update_norm"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"{name} must be positive, found {getattr(settings, name)}")
+    if not 0 <= settings.trim_share < 0.5:
+        raise ValueError(f"trim_share must be at least 0 and below 0.5, found {settings.trim_share}")
+    if settings.deadline_slack < 1:
+        raise ValueError(f"deadline_slack must be at least 1, found {settings.deadline_slack}")
+
+
+def _check_ranks(settings: RunSettings) -> None:
     ranks = settings.ranks
     if not ranks or ranks[0] < 1 or list(ranks) != sorted(set(ranks)):
         raise ValueError(f"ranks must be ascending and positive, found {list(ranks)}")
     if settings.fixed_rank not in ranks and settings.controller == "fixed":
         raise ValueError(f"fixed_rank {settings.fixed_rank} is not one of ranks {list(ranks)}")
-    for name in ("learning_rate", "scaling", "max_update_norm"):
-        if not getattr(settings, name) > 0:
-            raise ValueError(f"{name} must be positive, found {getattr(settings, name)}")
-    if settings.clip_factor < 0:
-        raise ValueError(f"clip_factor must not be negative, found {settings.clip_factor}")
-    if not 0 <= settings.trim_share < 0.5:
-        raise ValueError(f"trim_share must be at least 0 and below 0.5, found {settings.trim_share}")
-    if settings.deadline_slack < 1:
-        raise ValueError(f"deadline_slack must be at least 1, found {settings.deadline_slack}")
 
 
 def _check_shares(settings: RunSettings) -> None:

@@ -86,16 +86,24 @@ def test_structured_gives_a_slow_device_less_and_both_finish_about_the_deadline(
     controller = CONTROLLERS["structured"]
     state = learned(controller, a=1.0, b=0.4)
     (slow, fast), _ = controller.propose(state, context())
-    planned = [int(choice.reason.split(" steps")[0]) for choice in (slow, fast)]
-    assert planned[0] < planned[1]
+    assert slow.num_steps < fast.num_steps
     assert slow.deadline_seconds == fast.deadline_seconds
     assert slow.deadline_seconds < 20 * 1.0  # everyone at the nominal steps would take as long as the slow one
-    for choice, steps, seconds in ((slow, planned[0], 1.0), (fast, planned[1], 0.4)):
-        assert choice.budget_seconds == pytest.approx(choice.deadline_seconds, rel=0.01)  # less the transfers
-        assert choice.num_steps == 2 * SETTINGS.steps_per_round  # the device stops by its own clock
-        if steps < choice.num_steps:
-            took = steps * seconds * (0.2 + 0.7 * (1 - choice.pruning_ratio) + 0.1 * choice.rank / 16) / 0.81
+    for choice, seconds in ((slow, 1.0), (fast, 0.4)):
+        assert choice.budget_seconds is None
+        if choice.num_steps < 2 * SETTINGS.steps_per_round:
+            took = choice.num_steps * seconds * (0.2 + 0.7 * (1 - choice.pruning_ratio) + 0.1 * choice.rank / 16) / 0.81
             assert took == pytest.approx(choice.deadline_seconds, rel=0.15)
+
+
+def test_structured_leaves_the_number_of_steps_to_the_devices_clock_when_asked():
+    settings = dataclasses.replace(SETTINGS, controller_options={"own_clock": True})
+    controller = CONTROLLERS["structured"]
+    choices, _ = controller.propose(learned(controller, settings, a=1.0, b=0.4), context(settings))
+    for choice in choices:
+        assert choice.num_steps == 2 * SETTINGS.steps_per_round
+        assert choice.min_steps == 5
+        assert choice.budget_seconds == pytest.approx(choice.deadline_seconds, rel=0.01)  # less the transfers
 
 
 def test_structured_never_exceeds_its_step_limits():

@@ -3,7 +3,7 @@
 Comes in: allowed arms, and after each round seconds, bytes, losses and update norms. Goes out: for each device an arm
 and a number of local iterations so that all finish about the deadline, and that deadline. A round is as long as the
 slowest device, so matching its length matters more than any single arm: a slow device gets fewer iterations, more
-pruning and less rank, a fast one more iterations. How many fit is decided on the device, by its own clock: nobody
+pruning and less rank, a fast one more iterations. With option `own_clock` how many fit is decided on the device: nobody
 else knows what else it has to do, and a device that was never timed needs no guess.
 
 The deadline: among 70 lengths D, the one with the most expected progress a second; but a run has a given number of
@@ -40,6 +40,7 @@ DEFAULT_OPTIONS = {
     "step_law": timing.PRIOR_WORK,
     "rank_worth": 1.2,
     "opening_rank": 16,
+    "own_clock": False,
 }
 
 
@@ -68,7 +69,8 @@ def init(settings: RunSettings) -> ControllerState:
     Options: `progress` (a round's progress in nominal rounds), `exploration` (scale of the Thompson draws), `step_law`
     (parts of the `StepLaw` believed until devices report), `rank_worth` (what the largest rank is believed to add to
     the logarithm of a round's worth; small where `learning_rate_rank` makes steps alike) and `opening_rank` (the
-    largest rank not above it opens the run).
+    largest rank not above it opens the run) and `own_clock` (devices are told a budget of seconds and stop by their
+    own clock, instead of doing a number of iterations that fits what the server knows of them).
 
     Raises:
         ValueError: An unknown option, or no such law.
@@ -89,7 +91,9 @@ def propose(state: ControllerState, context: Context) -> tuple[tuple[Choice, ...
     """Returns each device's arm and steps under one deadline; without any timings a small equal start for all."""
     if not state["timing"]["devices"]:
         return tuple(_cold_start(context, device) for device in context.devices), state
-    seconds = timing.seconds_of(state["timing"], [device.device_id for device in context.devices])
+    names = [device.device_id for device in context.devices]
+    quantile = timing.MIDDLE_QUANTILE if state["options"]["own_clock"] else timing.CAUTIOUS_QUANTILE
+    seconds = timing.seconds_of(state["timing"], names, step_quantile=quantile)
     assert seconds is not None
     offers = [_offers(state, context, device, own) for device, own in zip(context.devices, seconds, strict=True)]
     deadline = _deadline(state, context, offers)
@@ -190,7 +194,8 @@ def _choice(state: ControllerState, context: Context, offer: _Offers, deadline: 
     if worth.max() > 0:
         index = int(np.argmax(worth[0]))
         num_steps = int(steps[0, index])
-        budget = float(deadline - offer.transfer_seconds[index])
+        if state["options"]["own_clock"]:
+            budget = float(deadline - offer.transfer_seconds[index])
         plan = "gain"
     else:  # nothing fits: the least it can do, as early as it can
         index = int(np.argmin(offer.transfer_seconds + least * offer.step_seconds))

@@ -25,9 +25,8 @@ PRIOR_DEVIATION = 0.1
 NOISE_DEVIATION = 0.2
 DISCOUNT = 0.95  # a round; the first observations were made against factors a_i that were not settled yet
 GAIN, SURPRISED_GAIN, SURPRISE = 0.3, 0.9, 0.3
-# A device not seen before is taken to be as quick as the others, as it stops by its own clock, but to be far away: an
-# upload cannot be cut short.
-STEP_QUANTILE, BYTE_QUANTILE = 0.5, 0.75
+CAUTIOUS_QUANTILE = 0.75  # a device not seen before is taken to be slower and farther away than most
+MIDDLE_QUANTILE = 0.5  # but no slower than the others where it stops by its own clock
 
 
 def init(prior: Sequence[float] = PRIOR_WORK) -> TimingState:
@@ -53,13 +52,15 @@ def work(state: TimingState, ratios: np.ndarray, ranks: np.ndarray) -> np.ndarra
     return np.asarray(_features(ratios, ranks) @ np.maximum(coefficients, (0.05, 0.0, 0.0)))
 
 
-def seconds_of(state: TimingState, device_ids: Sequence[str]) -> list[tuple[float, float]] | None:
+def seconds_of(
+    state: TimingState, device_ids: Sequence[str], *, step_quantile: float = CAUTIOUS_QUANTILE
+) -> list[tuple[float, float]] | None:
     """Returns (seconds of a step of relative time 1, seconds of a byte) of each; None before any device was seen."""
     known: Mapping[str, Sequence[float]] = state["devices"]
     if not known:
         return None
     steps, bytes_ = zip(*known.values(), strict=True)
-    unseen = float(np.quantile(steps, STEP_QUANTILE)), float(np.quantile(bytes_, BYTE_QUANTILE))
+    unseen = float(np.quantile(steps, step_quantile)), float(np.quantile(bytes_, CAUTIOUS_QUANTILE))
     return [(known[name][0], known[name][1]) if name in known else unseen for name in device_ids]
 
 
