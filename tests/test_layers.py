@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 EDGE_ORDER = [
     ["errors"],
     ["atomic", "protocol", "hardware", "config", "progress", "systemd"],
-    ["reference", "sources", "backends"],
+    ["reference", "sources", "backends", "quantized"],
     ["tensor_checks", "recomputed"],
     ["kernels", "elementwise", "attention", "cross_entropy"],
     ["lora", "structure", "data"],
@@ -34,7 +34,7 @@ EDGE_ORDER = [
     ["cli_page"],
     ["cli"],
 ]
-SERVER_MAY_IMPORT = {"fedspine_edge.protocol", "fedspine_edge.errors"}
+SERVER_MAY_IMPORT = {"fedspine_edge.protocol", "fedspine_edge.errors", "fedspine_edge.quantized"}
 MAY_REACH_BOTH = {"commands", "cli"}
 TORCH = {"torch", "transformers", "peft", "accelerate"}
 
@@ -79,7 +79,7 @@ def test_only_the_commands_reach_the_server(path):
 
 
 @pytest.mark.parametrize("path", SERVER_FILES, ids=lambda path: path.stem)
-def test_the_server_imports_two_modules_of_the_device_and_never_torch(path):
+def test_the_server_imports_three_modules_of_the_device_and_never_torch(path):
     names = imports_of(path)
     assert not {name.split(".")[0] for name in names} & TORCH
     modules = {".".join(name.split(".")[:2]) for name in names if name.startswith("fedspine_edge")}

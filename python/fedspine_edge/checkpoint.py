@@ -39,6 +39,7 @@ from fedspine_edge.workbench import GlobalModel
 PRUNE_FORMAT = 1
 PRUNE_FILE = "fedspine_prune.json"
 KEPT_STATES = 2
+RESIDUALS = ("residual_a/", "residual_b/")
 MATRIX_DIMENSIONS = 2
 
 
@@ -203,12 +204,20 @@ def save_device_state(folder: Path, device_id: str, round_index: int, state: Dev
     """
     folder.mkdir(parents=True, exist_ok=True)
     blob = save_numpy(
-        {name: np.ascontiguousarray(scores) for name, scores in state.importance.items()},
+        {name: np.ascontiguousarray(array) for name, array in {**state.importance, **_residual_arrays(state)}.items()},
         metadata={"pruning_ratio": repr(state.pruning_ratio)},
     )
     write_bytes(folder / _state_name(device_id, round_index), blob)
     for _, old in _states(folder, device_id)[:-KEPT_STATES]:
         old.unlink(missing_ok=True)
+
+
+def _residual_arrays(state: DeviceState) -> dict[str, np.ndarray]:
+    return {
+        side + name: array
+        for name, pair in state.residuals.items()
+        for side, array in zip(RESIDUALS, pair, strict=True)
+    }
 
 
 def load_device_state(folder: Path, device_id: str, before_round: int) -> DeviceState:
@@ -218,8 +227,14 @@ def load_device_state(folder: Path, device_id: str, before_round: int) -> Device
             continue
         try:
             with safe_open(file, framework="np") as opened:
-                importance = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                return DeviceState(float(opened.metadata()["pruning_ratio"]), importance)
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                importance = {name: array for name, array in arrays.items() if not name.startswith(RESIDUALS)}
+                residuals = {
+                    name[len(RESIDUALS[0]) :]: (array, arrays[RESIDUALS[1] + name[len(RESIDUALS[0]) :]])
+                    for name, array in arrays.items()
+                    if name.startswith(RESIDUALS[0])
+                }
+                return DeviceState(float(opened.metadata()["pruning_ratio"]), importance, residuals)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             continue
     return DeviceState()

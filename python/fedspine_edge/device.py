@@ -7,6 +7,7 @@ Source: FedSpine (arXiv 2501.02438), the workflow of a round on the device.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.masks import Keep, blend, choose, kept_counts
 from fedspine_edge.memory_plan import StepShape, check_memory
 from fedspine_edge.protocol import Assignment, DeviceReport, Layout, Update
+from fedspine_edge.quantized import Pair, packed
 from fedspine_edge.tuning import tune
 from fedspine_edge.update import arrays, assigned_factors, load_task_head, to_update
 from fedspine_edge.workbench import Workbench
@@ -33,10 +35,12 @@ class DeviceState:
     Attributes:
         pruning_ratio: The ratio it was pruned to when its last round ended.
         importance: Group name -> the importance it measured itself, [num_members], NaN where never.
+        residuals: Matrix name -> what rounding took from its last update (`quantized`); empty for float16.
     """
 
     pruning_ratio: float = 0.0
     importance: Mapping[str, np.ndarray] = field(default_factory=dict)
+    residuals: Mapping[str, Pair] = field(default_factory=dict)
 
 
 def run_round(
@@ -94,7 +98,11 @@ def run_round(
         peak_memory_bytes=peak_memory_bytes(),
     )
     update = to_update(assignment, shrunk, tuned, pruning_ratio=pruner.ratio, report=report)
-    return update, pruner.remembered(tuned.importance, shrunk.keep)
+    remembered = pruner.remembered(tuned.importance, shrunk.keep)
+    if assignment.update_dtype == "float16":
+        return update, remembered
+    tensors, residuals = packed(update.tensors, bench.layout, assignment.update_dtype, state.residuals)
+    return dataclasses.replace(update, tensors=tensors), dataclasses.replace(remembered, residuals=residuals)
 
 
 def _budget(assignment: Assignment, clock: Callable[[], float]) -> Callable[[int], bool]:

@@ -14,10 +14,10 @@ Array names in `Assignment.tensors` and `Update.tensors`:
 | `mean_input/<matrix>`   | [in_features]   | float16 | mean input of an o/down matrix, NaN where not measured   |
 | `task_head/<parameter>` | the parameter's | float32 | parameters trained densely (a classifier)                |
 
-In an assignment `keep/<group>` are the candidates: the device may keep these and no others. A matrix with an
-`in_group` takes its kept columns from that group, one with an `out_group` its kept rows.
+In an assignment `keep/<group>` are the candidates: the device may keep these only. A matrix's `in_group` has its kept
+columns, its `out_group` its kept rows. `quantized` says what is different in an update of integers.
 
-Source: FedSpine (arXiv 2501.02438), section on the workflow of a round; docs/protocol.md.
+Source: FedSpine (arXiv 2501.02438), the workflow of a round; docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from safetensors.numpy import save as save_blob
 
 from fedspine_edge.errors import IncompatibleError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 1 << 31
 COMPRESSION_LEVEL = 1  # float16 factors hardly shrink; higher levels save no more and take longer
 
@@ -150,10 +150,11 @@ class Assignment:
         mask_agreement: Share of the server's importance in the ranking of members (rho), 0..1.
         mask_mode: `uniform` (the same counts in each layer), `per-layer`, or `layers` (whole layers go).
         revive: Whether members outside the device's last mask may come back.
-        tensors: Arrays, named as in the module's docstring.
+        tensors: Arrays, named as above.
         importance: What members are ranked by; a key of `fedspine_edge.importance.KINDS`.
         budget_seconds: Local work after which the device stops by its own clock; None does all `num_steps`.
         min_steps: Iterations that it does all the same.
+        update_dtype: How the answer's factors travel: `float16`, `int8` or `int4` (`quantized`).
     """
 
     run_id: str
@@ -175,6 +176,7 @@ class Assignment:
     importance: str = "lora-guided"
     budget_seconds: float | None = None
     min_steps: int = 1
+    update_dtype: str = "float16"
 
 
 @dataclass(frozen=True)

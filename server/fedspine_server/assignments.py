@@ -62,6 +62,7 @@ def build_assignment(state: RunState, choice: Choice) -> Assignment:
         importance=settings.importance,
         budget_seconds=choice.budget_seconds,
         min_steps=choice.min_steps,
+        update_dtype=settings.update_dtype,
     )
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 
 from fedspine_edge.protocol import Assignment, Layout, Update
+from fedspine_edge.quantized import as_float16, encoded, packed_masks
 from fedspine_server.assignments import kept_features, kept_members
 
 # What an attacker makes of the change it trained.
@@ -31,8 +32,10 @@ def falsified(attack: str | None, layout: Layout, assignment: Assignment, update
     """
     if attack not in CHANGE_TIMES:
         return update
-    times, tensors = CHANGE_TIMES[attack], dict(update.tensors)
-    given, kept = kept_members(assignment, layout), kept_members(update, layout)
+    dtype = assignment.update_dtype
+    honest = as_float16(update, dtype, layout)
+    times, tensors = CHANGE_TIMES[attack], dict(honest.tensors)
+    given, kept = kept_members(assignment, layout), kept_members(honest, layout)
     for matrix in layout.matrices:
         sides = zip(kept_features(layout, matrix, given), kept_features(layout, matrix, kept), strict=True)
         rows, columns = (slice(None) if had is None or has is None else np.searchsorted(had, has) for had, has in sides)
@@ -42,6 +45,12 @@ def falsified(attack: str | None, layout: Layout, assignment: Assignment, update
     for name, _ in layout.task_head:
         head = f"task_head/{name}"
         tensors[head] = _moved(assignment.tensors[head], tensors[head], times)
+    if dtype != "float16":
+        for matrix in layout.matrices:
+            for side, values in (("a", tensors[f"lora_a/{matrix.name}"]), ("b", tensors[f"lora_b/{matrix.name}"].T)):
+                codes, scales = encoded(values, dtype)
+                tensors |= {f"lora_{side}/{matrix.name}": codes, f"scale_{side}/{matrix.name}": scales}
+        tensors |= packed_masks(tensors, layout)
     return dataclasses.replace(update, tensors=tensors)
 
 

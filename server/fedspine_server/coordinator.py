@@ -170,7 +170,7 @@ def close_round(
         judge(state, by_device.get(device_id) or DeviceResult(device_id, "dropped", detail="no answer"))
         for device_id in sorted(state.open_choices)
     ]
-    fresh = [v.result.update for v in verdicts if v.state == "merged" and v.result.update is not None]
+    fresh = [v.update for v in verdicts if v.update is not None]
     late_verdicts = judge_late(state, late, [update.device_id for update in fresh])
     late_outcomes = [outcome for verdict in late_verdicts if (outcome := verdict.outcome(state)) is not None]
     outcomes = [*(verdict.outcome for verdict in verdicts), *late_outcomes]

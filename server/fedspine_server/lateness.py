@@ -17,7 +17,7 @@ from typing import Any
 from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
 from fedspine_server.admission import refusal
 from fedspine_server.arms import in_cooldown
-from fedspine_server.results import DeviceResult
+from fedspine_server.results import DeviceResult, readable
 from fedspine_server.reward import Outcome
 from fedspine_server.state import RunState
 
@@ -48,16 +48,13 @@ class LateVerdict:
         late: The result.
         state: `merged`, `superseded` or `rejected`.
         detail: Why, where it was not merged.
+        update: The update, if it is merged.
     """
 
     late: LateResult
     state: str
     detail: str | None
-
-    @property
-    def update(self) -> Update | None:
-        """The update, if it is merged."""
-        return self.late.result.update if self.state == "merged" else None
+    update: Update | None
 
     def outcome(self, run: RunState) -> Outcome | None:
         """Returns what the controller may learn: seconds, unless the update was rejected."""
@@ -103,15 +100,16 @@ def judge_late(state: RunState, late: Sequence[LateResult], fresh: Collection[st
     """
     counted, verdicts = set(fresh), []
     for one in sorted(late, key=lambda one: (one.result.device_id, -one.assignment.round_index)):
-        fate, detail = _fate(state, one, counted)
+        update, unread = readable(state, one.result.update, one.assignment)
+        fate, detail = ("rejected", unread) if unread else _fate(state, one, update, counted)
         if fate == "merged":
             counted.add(one.result.device_id)
-        verdicts.append(LateVerdict(one, fate, detail))
+        verdicts.append(LateVerdict(one, fate, detail, update if fate == "merged" else None))
     return verdicts
 
 
-def _fate(state: RunState, one: LateResult, counted: Collection[str]) -> tuple[str, str | None]:
-    assignment, update, settings = one.assignment, one.result.update, state.settings
+def _fate(state: RunState, one: LateResult, update: Update | None, counted: Collection[str]) -> tuple[str, str | None]:
+    assignment, settings = one.assignment, state.settings
     if update is None:
         return "rejected", "expected an update, found none"
     if assignment.round_index >= state.round_index:

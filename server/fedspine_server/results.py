@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedspine_edge.errors import IncompatibleError
 from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
+from fedspine_edge.quantized import as_float16
 from fedspine_server.admission import refusal
 from fedspine_server.arms import schedule_ratio
 from fedspine_server.assignments import build_assignment, change_norm
@@ -61,6 +63,7 @@ class Verdict:
         detail: Why, where it was not merged.
         download_bytes: Bytes of the assignment's arrays.
         outcome: What the controller may learn.
+        update: What may be merged, its factors of float16.
     """
 
     result: DeviceResult
@@ -69,15 +72,17 @@ class Verdict:
     detail: str | None
     download_bytes: int
     outcome: Outcome
+    update: Update | None
 
 
 def judge(state: RunState, result: DeviceResult) -> Verdict:
     """Returns the verdict on one result; a rejected update teaches nothing but that it was rejected."""
     choice, device = state.open_choices[result.device_id], state.devices[result.device_id]
     assignment = build_assignment(state, choice)
-    update, fate, detail = result.update, str(result.arrival), result.detail
+    update, refused = readable(state, result.update, assignment)
+    fate, detail = str(result.arrival), result.detail
     if fate == "arrived":
-        refused = _refused(state, update, assignment)
+        refused = refused or _refused(state, update, assignment)
         fate, detail = ("rejected", refused) if refused else ("merged", detail)
     trusted = update if fate in ("merged", "late") else None
     report = trusted.report if trusted else None
@@ -91,12 +96,22 @@ def judge(state: RunState, result: DeviceResult) -> Verdict:
         merged=fate == "merged",
         compute_seconds=result.compute_seconds if report else None,
         transfer_seconds=result.download_seconds + result.upload_seconds if report else None,
-        transfer_bytes=download_bytes + (tensors_nbytes(trusted) if trusted else 0),
+        transfer_bytes=download_bytes + (tensors_nbytes(result.update) if trusted and result.update else 0),
         loss_before=report.loss_before if report else None,
         loss_after=report.loss_after if report else None,
         update_norm=change_norm(state.layout, assignment, trusted) if trusted and fate == "merged" else None,
     )
-    return Verdict(result, choice, fate, detail, download_bytes, outcome)
+    return Verdict(result, choice, fate, detail, download_bytes, outcome, trusted if fate == "merged" else None)
+
+
+def readable(state: RunState, update: Update | None, assignment: Assignment) -> tuple[Update | None, str | None]:
+    """Returns an update with factors of float16, or None and why it cannot be read."""
+    if update is None:
+        return None, None
+    try:
+        return as_float16(update, assignment.update_dtype, state.layout), None
+    except IncompatibleError as error:
+        return None, str(error)
 
 
 def _refused(state: RunState, update: Update | None, assignment: Assignment) -> str | None:

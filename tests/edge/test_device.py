@@ -15,7 +15,8 @@ from fedspine_edge.device import DeviceState, run_round
 from fedspine_edge.errors import CheckpointError, IncompatibleError, MemoryLimitError, TuningError
 from fedspine_edge.lora import fresh_factors
 from fedspine_edge.masks import keep_all
-from fedspine_edge.protocol import Assignment, assignment_from_bytes, to_bytes, update_from_bytes
+from fedspine_edge.protocol import Assignment, assignment_from_bytes, tensors_nbytes, to_bytes, update_from_bytes
+from fedspine_edge.quantized import as_float16
 from fedspine_edge.structure import FAMILIES
 from fedspine_edge.tuning import predict
 from fedspine_edge.workbench import GlobalModel, load_global, open_workbench
@@ -234,3 +235,28 @@ def test_a_device_remembers_the_newest_whole_state_of_an_earlier_round(tmp_path)
     newest.write_bytes(newest.read_bytes()[:40])
     assert load_device_state(tmp_path, "device-01", 4).pruning_ratio == 0.2
     assert load_device_state(tmp_path, "device-02", 4) == DeviceState()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_round_in_few_bits_sends_less_and_remembers_what_it_lost(dtype, tiny_models, tmp_path):
+    bench, tokens = opened(tiny_models["bert"], "bert")
+    plain, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
+    asked = assignment_for(bench, update_dtype=dtype)
+    update, state = run_round(bench, asked, tokens, DeviceState())
+    assert tensors_nbytes(update) < tensors_nbytes(plain)
+    read = as_float16(update, dtype, bench.layout)
+    for name, array in plain.tensors.items():
+        assert read.tensors[name].shape == array.shape
+    assert set(state.residuals) == {matrix.name for matrix in bench.layout.matrices}
+    assert any(np.abs(pair[1]).max() > 0 for pair in state.residuals.values())
+    save_device_state(tmp_path, "a", 0, state)
+    again = load_device_state(tmp_path, "a", 1)
+    for name, pair in state.residuals.items():
+        for kept, loaded in zip(pair, again.residuals[name], strict=True):
+            np.testing.assert_array_equal(kept, loaded)
+    assert set(again.importance) == set(state.importance)
+    # A second round from what was saved, after more members went, is the same whether or not the device was restarted.
+    further = dataclasses.replace(asked, round_index=1, pruning_ratio=0.5)
+    one, other = (run_round(bench, further, tokens, remembered)[0] for remembered in (state, again))
+    for name, array in one.tensors.items():
+        np.testing.assert_array_equal(array, other.tensors[name])

@@ -25,6 +25,18 @@ def test_an_honest_device_and_one_with_wrong_labels_send_what_they_trained(trip)
     assert falsified("label-flip", toy.layout(), assignment, update) is update
 
 
+@pytest.mark.parametrize("attack", ["sign-flip", "nan"])
+def test_an_attacker_lies_in_integers_too(begin, attack):
+    state = begin(update_dtype="int8")
+    assignments, state = coordinator.assign(state)
+    updates = [toy.tune_one(toy.layout(), a, n) for a, n in zip(assignments, (10, 30, 20), strict=True)]
+    updates[0] = falsified(attack, toy.layout(), assignments[0], updates[0])
+    results = [coordinator.DeviceResult(update.device_id, "arrived", update) for update in updates]
+    record = coordinator.close_round(state, results, round_seconds=1.0).history[0]
+    assert record["devices"][0]["state"] == ("rejected" if attack == "nan" else "merged")
+    assert record["num_merged"] == (2 if attack == "nan" else 3)
+
+
 @pytest.mark.parametrize(("attack", "times"), [("sign-flip", -1), ("scaled", 10)])
 def test_an_attacker_multiplies_its_change_and_keeps_its_masks(trip, attack, times):
     assignment, update = trip

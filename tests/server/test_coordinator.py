@@ -244,3 +244,33 @@ def test_participants_are_a_seeded_draw_of_who_is_there():
     for index in range(6):
         state = coordinator.leave(state, f"device-{index}")
     assert [a.device_id for a in coordinator.assign(state)[0]] == ["device-6", "device-7"]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("int8", 0.02), ("int4", 0.25)])
+def test_updates_of_integers_merge_to_nearly_the_same_and_weigh_less(begin, dtype, close):
+    half, few = play(begin()), play(begin(update_dtype=dtype))
+    assert few.history[0]["num_merged"] == 3
+    for name, factors in half.adapter.items():
+        whole, other = factors.lora_b @ factors.lora_a, few.adapter[name].lora_b @ few.adapter[name].lora_a
+        assert 0 < np.linalg.norm(whole - other) < close * np.linalg.norm(whole)
+    sent, plain = (state.history[0]["devices"][0]["upload_bytes"] for state in (few, half))
+    assert sent < plain
+    assert few.devices["a"].kept["layers.0.ffn"].dtype == np.int32
+
+
+def test_an_update_of_integers_nobody_can_read_is_rejected_with_the_reason(begin):
+    def spoiled(update):
+        without = {name: array for name, array in update.tensors.items() if name != "scale_a/layers.0.q"}
+        return dataclasses.replace(update, tensors=without) if update.device_id == "b" else update
+
+    record = play(begin(update_dtype="int8"), change=spoiled).history[0]
+    assert [device["state"] for device in record["devices"]] == ["merged", "rejected", "merged"]
+    assert "expected an array scale_a/layers.0.q, found none" in record["devices"][1]["detail"]
+
+
+def test_an_update_of_integers_that_nobody_asked_for_is_rejected(begin):
+    integers = {u.device_id: u for u in toy.tuner(EXAMPLES)(coordinator.assign(begin(update_dtype="int8"))[0])}
+    record = play(
+        begin(), change=lambda update: dataclasses.replace(update, tensors=integers[update.device_id].tensors)
+    ).history[0]
+    assert {device["state"] for device in record["devices"]} == {"rejected"}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from fedspine_edge.protocol import Assignment, DeviceReport, Group, Layout, Matrix, Update, expand_members
+from fedspine_edge.quantized import packed
 from fedspine_server.state import RunState
 
 HIDDEN, HEADS, FFN = 12, 4, 16
@@ -90,6 +91,8 @@ def tune_one(model: Layout, assignment: Assignment, num_examples: int) -> Update
             tensors[f"mean_input/{matrix.name}"] = mean.astype(np.float16)
     tensors |= {f"importance/{name}": values.astype(np.float16) for name, values in importance.items()}
     tensors["task_head/classifier.bias"] = assignment.tensors["task_head/classifier.bias"] + np.float32(0.01)
+    if assignment.update_dtype != "float16":
+        tensors, _ = packed(tensors, model, assignment.update_dtype, {})
     return answer(assignment, tensors, num_examples=num_examples, losses=(before, after))
 
 
