@@ -17,6 +17,7 @@ import pytest
 from boards import plant
 
 from fedspine_edge.agent import guards
+from fedspine_edge.agent.__main__ import Stop
 from fedspine_edge.agent.identity import Identity, IdentityError, fingerprint, load_identity, save_identity, split_token
 from fedspine_edge.agent.journal import Journal
 from fedspine_edge.agent.link import DismissedError, UnreachableError
@@ -278,6 +279,18 @@ def test_a_task_without_a_name_is_waited_out_like_a_server_that_is_away(tmp_path
     with pytest.raises(UnreachableError, match="do not understand each other"):
         agent._next()
     assert agent._link.results == []
+
+
+def test_a_stop_that_a_finaliser_swallowed_comes_true_at_the_next_beat():
+    beats = []
+    stop = Stop(lambda: beats.append(1))
+    stop.beat()
+    with pytest.raises(SystemExit):
+        stop.on_signal()
+    stop.on_signal()  # asked again while it ends: nothing is cut short
+    with pytest.raises(SystemExit):
+        stop.beat()
+    assert beats == [1]
 
 
 def test_systemd_leaves_a_dismissed_agent_stopped():
