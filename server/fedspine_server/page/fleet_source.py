@@ -68,7 +68,7 @@ class FleetSource:
         self._lock = threading.Lock()
 
     def stamp(self) -> Hashable:
-        """Returns what changes with every event, every sign of life and every word about a run."""
+        """Returns what changes with every event, every new "last seen" and every word about a run."""
         with self._hub.database.read() as session:
             last_event = session.scalar(select(func.max(EventRow.event_id)))
             seen = session.execute(select(func.max(DeviceRow.last_seen_at), func.count())).one()

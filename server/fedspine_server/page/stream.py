@@ -1,7 +1,7 @@
 """What changed, sent to every browser that looks: one watch a view and process, however many look.
 
 Comes in: a source. Goes out: messages for server-sent events, each the parts of a page that are new. A view is made
-anew only when the source's stamp moved, or after `STALE_SECONDS`, since silence moves no stamp.
+anew only when the source's stamp moved, or after `STALE_SECONDS`, since neither silence nor every report moves it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedspine_server.page.views import Fleet, Source
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.8  # an event is seen within two seconds
-STALE_SECONDS = 4.0
+STALE_SECONDS = 1.2  # progress within a device's last few seconds of being seen moves no stamp either
 WAITING_MESSAGES = 8
 
 
