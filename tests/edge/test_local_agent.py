@@ -58,8 +58,9 @@ def task(content, **changes):
     sha256 = hashlib.sha256(content).hexdigest()
     return {
         "task_id": sha256[:32], "run_id": "run", "device_id": "board-1", "base_sha256": BASE, "attempt": 0,
-        "round_index": 0, "rank": 2, "num_steps": 3, "seed": 4, "chunk_bytes": 1, "max_update_bytes": 1 << 20,
-        "pruning_ratio": 0.0, "lease_seconds": 60.0, "recipe": {"classes": ["a", "b"], "prompt": None},
+        "round_index": 0, "rank": 2, "num_steps": 3, "min_steps": 1, "seed": 4, "chunk_bytes": 1,
+        "max_update_bytes": 1 << 20, "pruning_ratio": 0.0, "lease_seconds": 60.0,
+        "recipe": {"classes": ["a", "b"], "prompt": None},
         "blob": {"sha256": sha256, "num_bytes": len(content), "message_bytes": len(content)}, **changes,
     }  # fmt: skip
 
