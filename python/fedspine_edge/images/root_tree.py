@@ -19,6 +19,7 @@ from fedspine_edge.images.initrd import initrd, module_order
 RUNTIME = Path("opt/fedspine/runtime")
 SITE = RUNTIME / "lib/python3.11/site-packages"
 UNITS = Path("etc/systemd/system")
+NOT_KEPT = ("fedspine_server", "include", "lib", "bin", "torch/include", "torch/test", "torch/share", "torch/bin")
 COMPILE = """
 import compileall, py_compile, sys
 mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
@@ -94,7 +95,7 @@ def add_python(root: Path, packages: Path, wheels: Sequence[Path]) -> Path:
     shutil.copytree(packages, site)
     for wheel in wheels:
         install(wheel, site)
-    for folder in ("fedspine_server", "include", "lib", "bin"):
+    for folder in NOT_KEPT:
         shutil.rmtree(site / folder, ignore_errors=True)
     programs = root / RUNTIME / "bin"
     programs.mkdir(parents=True, exist_ok=True)
