@@ -16,7 +16,6 @@ Array names in `Assignment.tensors` and `Update.tensors`:
 
 In an assignment `keep/<group>` are the candidates: the device may keep these only. A matrix's `in_group` has its kept
 columns, its `out_group` its kept rows. `quantized` says what is different in an update of integers.
-
 Source: FedSpine (arXiv 2501.02438), the workflow of a round; docs/protocol.md.
 """
 

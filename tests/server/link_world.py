@@ -26,7 +26,8 @@ from fedspine_server.link.app import create_app
 from fedspine_server.link.credentials import CLAIM, OPERATOR, issue
 from fedspine_server.link.devices import set_status
 from fedspine_server.link.hub import Hub, LinkSettings, open_hub
-from fedspine_server.link.schemas import Recipe, RunOptions, RunRequest
+from fedspine_server.link.operator_schemas import RunOptions, RunRequest
+from fedspine_server.link.schemas import Recipe
 from fedspine_server.link.tables import ACCEPTED
 from fedspine_server.page.app import Front, create_page
 from fedspine_server.page.fleet_source import FleetSource

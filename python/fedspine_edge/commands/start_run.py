@@ -22,7 +22,7 @@ from fedspine_edge.data import load_examples
 from fedspine_edge.errors import UsageError
 from fedspine_edge.sources import model_directory
 from fedspine_edge.workbench import open_workbench
-from fedspine_server.link.schemas import RunOptions
+from fedspine_server.link.operator_schemas import RunOptions
 from fedspine_server.settings import RunSettings
 
 

@@ -14,16 +14,8 @@ from sqlalchemy.orm.interfaces import ORMOption
 
 from fedspine_server.link.credentials import claim_is_good, hashed
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.schemas import (
-    LINK_NEWEST,
-    LINK_OLDEST,
-    DeviceView,
-    Enrolled,
-    Enrollment,
-    Hello,
-    TaskInHand,
-    Welcome,
-)
+from fedspine_server.link.operator_schemas import DeviceView
+from fedspine_server.link.schemas import LINK_NEWEST, LINK_OLDEST, Enrolled, Enrollment, Hello, TaskInHand, Welcome
 from fedspine_server.link.tables import (
     ACCEPTED,
     EXPIRED,

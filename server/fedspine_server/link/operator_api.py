@@ -13,15 +13,8 @@ from fastapi.responses import FileResponse
 from fedspine_server.link import devices, runs
 from fedspine_server.link.credentials import CLAIM, Principal, issue
 from fedspine_server.link.device_api import SharedHub
-from fedspine_server.link.schemas import (
-    NAME,
-    Claim,
-    ClaimRequest,
-    DeviceView,
-    EventView,
-    RunRequest,
-    RunView,
-)
+from fedspine_server.link.operator_schemas import Claim, ClaimRequest, DeviceView, EventView, RunRequest, RunView
+from fedspine_server.link.schemas import NAME
 from fedspine_server.link.tables import ACCEPTED, REVOKED, RUNNING, STOPPED
 
 

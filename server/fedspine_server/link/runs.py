@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from fedspine_edge.protocol import Layout
 from fedspine_server import coordinator
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.schemas import EventView, RunRequest, RunView
+from fedspine_server.link.operator_schemas import EventView, RunRequest, RunView
 from fedspine_server.link.tables import (
     EXPIRED,
     FINISHED,
