@@ -262,7 +262,9 @@ def measure(case: str, threads: list[int], turns: int, report: dict[str, Any]) -
             trainee.step(batches[0])
         seconds = time_in_turns(trainees, batches, turns)
         key = f"{case} threads={count}"
-        pairs = [("vs_peft", "peft", "ours")] + [(f"{name}_vs_dense", "ours", name) for name in SPARSITY]
+        pairs = [("vs_peft", "peft", "ours")]
+        pairs += [(f"{name}_vs_dense", "ours", name) for name in SPARSITY]
+        pairs += [(f"{name}_vs_peft", "peft", name) for name in SPARSITY]
         ratios = {
             name: quartiles([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
             for name, slow, fast in pairs
@@ -282,11 +284,8 @@ def measure(case: str, threads: list[int], turns: int, report: dict[str, Any]) -
 def plot(report: dict[str, Any]) -> str:
     """Returns an SVG of how much faster a step is than peft's, against the sparsity."""
     colours = ("#0b6e4f", "#c1440e", "#2b59c3", "#8a5a00")
-    points = [(0.0, "ours"), *((ratio, name) for name, ratio in SPARSITY.items())]
-    lines = {
-        key: [(ratio, seconds["peft"]["median"] / seconds[name]["median"]) for ratio, name in points]
-        for key, seconds in report["step_seconds"].items()
-    }
+    points = [(0.0, "vs_peft"), *((ratio, f"{name}_vs_peft") for name, ratio in SPARSITY.items())]
+    lines = {key: [(ratio, report[name][key]["median"]) for ratio, name in points] for key in report["vs_peft"]}
     top = max(2.0, *(speed for line in lines.values() for _, speed in line)) * 1.1
 
     def place(ratio: float, speed: float) -> tuple[float, float]:
@@ -321,7 +320,8 @@ def main() -> None:
         print(peak_bytes(options.case[0], options.variant))
         return
     report = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
-    keys = ("vs_peft", *(f"{name}_vs_dense" for name in SPARSITY), "saved_bytes_ratio", "rss_ratio", "half_rss_ratio")
+    ratios = ("vs_peft", *(f"{name}_vs_{whom}" for whom in ("dense", "peft") for name in SPARSITY))
+    keys = (*ratios, "saved_bytes_ratio", "rss_ratio", "half_rss_ratio")
     for key in (*keys, "importance_share", "step_seconds", "saved_bytes", "peak_bytes"):
         report.setdefault(key, {})
     for case in options.case:
