@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +42,21 @@ LOOPBACK = "127.0.0.1"
 
 logger = logging.getLogger(__name__)
 
+CLUSTER_HINT = "ray start --head, then --ray-address HOST:PORT; Ray's own log is in /tmp/ray"
+ANSWER_SECONDS = 10.0
+
 _opened: dict[str, Workbench] = {}  # the base model in a worker process, kept between its tasks
+
+
+def _check_that_somebody_answers(address: str) -> None:
+    """Ray itself tries for many minutes where nobody does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # a name that Ray resolves, such as `auto`
+    try:
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise LinkError(f"expected a Ray cluster at {address}, found: {error}", hint=CLUSTER_HINT) from error
 
 
 class RayWorkers:
@@ -67,6 +82,8 @@ class RayWorkers:
                 "expected Ray for --engine ray, found none", hint="pip install 'fedspine-edge[ray]'"
             ) from error
         self._ray: Any = ray
+        if address:
+            _check_that_somebody_answers(address)
         own: dict[str, Any] = {"num_cpus": num_workers, "include_dashboard": False, "_node_ip_address": LOOPBACK}
         try:
             ray.init(
@@ -78,8 +95,7 @@ class RayWorkers:
             )
         except Exception as error:  # Ray raises bare ones here
             raise LinkError(
-                f"expected a Ray cluster at {address or LOOPBACK}, found: {error}",
-                hint="ray start --head, then --ray-address; Ray's own log is in /tmp/ray",
+                f"expected a Ray cluster at {address or LOOPBACK}, found: {error}", hint=CLUSTER_HINT
             ) from error
         self._parts = num_workers
         self._judged_rows = {name: len(tokens) for name, tokens in setup.judged.items()}
