@@ -70,6 +70,30 @@ def test_killed_at_every_event_of_a_round_it_counts_everybody_once(make_fleet, u
         assert len(boots) == len(plan) - 1
 
 
+def test_killed_around_a_result_that_carries_its_update_it_counts_everybody_once(make_fleet, undisturbed, monkeypatch):
+    monkeypatch.setenv("FEDSPINE_INLINE_BYTES", str(40 << 10))
+    plans = {
+        "server": [
+            fault(SERVER, "fedspine_server.link.tasks:_hand_out"),
+            fault(SERVER, "fedspine_server.link.tasks:_decide", "before"),
+            fault(SERVER, "fedspine_server.link.tasks:_decide"),
+            fault(SERVER, "fedspine_server.link.tasks:result"),
+        ],
+        "device-00": [
+            fault(AGENT, LINK + "result", "before"),
+            fault(AGENT, LINK + "result"),
+            fault(AGENT, LINK + "_put", "before", does="be counted"),
+        ],
+    }
+    fleet = make_fleet(plans)
+    fleet.start_run(undisturbed / "rounds.jsonl")
+    run = fleet.finish(200)
+    fleet.server.assert_all_struck()
+    assert fleet.devices["device-00"].struck == [1, 1, 0], "expected two deaths and no upload"
+    assert fleet.merged() == [["device-00", "device-01"]] * run["rounds"]
+    assert run["adapter_sha256"] == json.loads((undisturbed / "summary.json").read_text())["adapter_sha256"]
+
+
 def test_a_worker_killed_at_every_event_costs_its_task_and_no_more(make_fleet):
     fleet = make_fleet({"device-00": WORKER_EVENTS})
     fleet.start_run()

@@ -65,7 +65,7 @@ def watch(folder, plan, index):
 def small_chunks():
     from fedspine_server.link import hub
 
-    sizes = {"chunk_bytes": 4096, "inline_bytes": 0}
+    sizes = {"chunk_bytes": 4096, "inline_bytes": int(os.environ.get("FEDSPINE_INLINE_BYTES", "0"))}
     settings = hub.LinkSettings(**sizes, progress_seconds=0.02, wait_seconds=5.0, tick_seconds=0.1)
     hub.open_hub = functools.partial(hub.open_hub, settings=settings)
 
