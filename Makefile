@@ -152,6 +152,6 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.packages
 $(VENV)/.browser:
 	@for tool in chromium prometheus promtool; do command -v $$tool >/dev/null || missing=1; done; \
 	if [ -n "$$missing" ]; then if [ "$$(id -u)" = 0 ]; then \
-	  apt-get install -y --no-install-recommends chromium prometheus >/dev/null; else \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium prometheus >/dev/null || exit 1; else \
 	  echo "error: cannot find chromium or prometheus" >&2; echo "hint: apt-get install chromium prometheus" >&2; exit 1; fi; fi
 	@touch $@
