@@ -11,7 +11,7 @@ from tiny_image import NAMES, save_tiny_image
 
 from fedspine_edge.agent.enrolment import load_claim
 from fedspine_edge.errors import ImageError, UsageError, VerificationError
-from fedspine_edge.images import disk, initrd, manifest
+from fedspine_edge.images import debian, disk, initrd, manifest
 from fedspine_edge.images.board import boards, load_board, source_tree
 from fedspine_edge.images.provision import Belonging, claim_and_pin, config_text
 from fedspine_edge.images.verify import verify
@@ -186,3 +186,14 @@ def test_another_keys_seal_is_not_taken(sealed, tmp_path_factory):
     with pytest.raises(VerificationError, match="expected a signature"):
         verify(sealed / "x.img.zst", other / manifest.PUBLIC_KEY)
     assert (other / "private.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_debians_suites_come_from_where_this_machines_apt_takes_them(monkeypatch):
+    said = b"http://mirror/debian bookworm main\nhttp://mirror/debian bookworm contrib\nhttp://safe/debian bookworm-security main\n"
+    monkeypatch.setattr(debian, "run", lambda _: said)
+    assert debian.sources_of(["bookworm", "bookworm-security"]) == [
+        "http://mirror/debian bookworm main",
+        "http://safe/debian bookworm-security main",
+    ]
+    with pytest.raises(ImageError, match="expected apt to know Debian's bookworm-updates"):
+        debian.sources_of(["bookworm", "bookworm-updates"])

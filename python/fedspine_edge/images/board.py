@@ -28,7 +28,7 @@ class Board:
         name: Of the board.
         source: Where its facts are from.
         verified: What it was run on.
-        sources: Lines of apt's sources.list, without options.
+        suites: Debian's suites; their component `main`.
         keyring: Keys that sign the archive.
         packages: Debian packages of the root file system; what they depend on comes with them.
         left_out: Packages that only others' installation scripts need: resolved, not unpacked.
@@ -44,7 +44,7 @@ class Board:
     name: str
     source: str
     verified: str
-    sources: list[str]
+    suites: list[str]
     keyring: str
     packages: list[str]
     left_out: list[str]

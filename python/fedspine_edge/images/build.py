@@ -18,7 +18,7 @@ from typing import Any
 from fedspine_edge.errors import ImageError
 from fedspine_edge.images import disk, manifest, root_tree, wheels
 from fedspine_edge.images.board import VARIANTS, Board, load_board, source_tree
-from fedspine_edge.images.debian import Archive, Deb, unpack
+from fedspine_edge.images.debian import Archive, Deb, sources_of, unpack
 from fedspine_edge.images.host_tools import require, run
 
 TOOLS = (
@@ -82,7 +82,7 @@ def build(order: Order, *, tell: Callable[[str], None]) -> dict[str, Any]:
     for folder in (order.cache, order.out):
         folder.mkdir(parents=True, exist_ok=True)
     tell("resolving and fetching Debian's packages")
-    archive = Archive(order.cache / "apt", board.sources, board.keyring)
+    archive = Archive(order.cache / "apt", sources_of(board.suites), board.keyring)
     archive.update()
     debs = archive.fetch(board.packages)
     with_boot = archive.fetch([*board.packages, *board.boot_packages])

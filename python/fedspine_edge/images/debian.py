@@ -92,6 +92,23 @@ class Archive:
         return max(folder.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime_ns)
 
 
+def sources_of(suites: Sequence[str]) -> list[str]:
+    """Returns `URL SUITE COMPONENT` of each suite, from the archive that this machine's own apt uses.
+
+    Raises:
+        ImageError: This machine knows no archive of one of them.
+    """
+    said = run(["apt-get", "indextargets", "--format", "$(SITE) $(RELEASE) $(COMPONENT)"]).decode()
+    sites = {suite: site for site, suite, component in map(str.split, said.splitlines()) if component == "main"}
+    missing = [suite for suite in suites if suite not in sites]
+    if missing:
+        raise ImageError(
+            f"expected apt to know Debian's {', '.join(missing)}, found {', '.join(sorted(sites)) or 'nothing'}",
+            hint="build on Debian 12, or add its suites to /etc/apt/sources.list.d, then: apt-get update",
+        )
+    return [f"{sites[suite]} {suite} main" for suite in suites]
+
+
 def _deb(folder: Path, name: str, version: str, architecture: str) -> Deb:
     path = folder / f"{name}_{version.replace(':', '%3a')}_{architecture}.deb"
     return Deb(name, version, architecture, hashlib.sha256(path.read_bytes()).hexdigest(), path)
