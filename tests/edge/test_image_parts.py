@@ -189,8 +189,8 @@ def test_another_keys_seal_is_not_taken(sealed, tmp_path_factory):
 
 
 def test_debians_suites_come_from_where_this_machines_apt_takes_them(monkeypatch):
-    said = b"http://mirror/debian bookworm main\nhttp://mirror/debian bookworm contrib\nhttp://safe/debian bookworm-security main\n"
-    monkeypatch.setattr(debian, "run", lambda _: said)
+    told = ("mirror/debian bookworm main", "mirror/debian bookworm contrib", "safe/debian bookworm-security main")
+    monkeypatch.setattr(debian, "run", lambda _: "".join(f"http://{line}\n" for line in told).encode())
     assert debian.sources_of(["bookworm", "bookworm-security"]) == [
         "http://mirror/debian bookworm main",
         "http://safe/debian bookworm-security main",
