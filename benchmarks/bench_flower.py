@@ -137,7 +137,7 @@ class Tree:
         psutil.wait_procs(processes, timeout=START_SECONDS)
 
 
-def flower_rounds(venv: Path, folder: Path, count: int, rounds: int) -> dict[str, Any]:
+def flower_rounds_of(venv: Path, folder: Path, count: int, rounds: int) -> dict[str, Any]:
     """`count` light Flower devices in trivial rounds."""
     programs = venv.resolve() / "bin"
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -186,6 +186,21 @@ def _await(log: Path, text: str, times: int, seconds: float, tree: Tree | None =
             tree.cpu_seconds()
 
 
+def compared(venv: Path, devices: int, rounds: int, flower_rounds: int) -> dict[str, Any]:
+    """Ours, then Flower's, in one go."""
+    with tempfile.TemporaryDirectory(prefix="bench-flower-") as name:
+        (Path(name) / "ours").mkdir()
+        ours = rounds_of(Path(name) / "ours", devices, rounds, reports=False)
+        flower = flower_rounds_of(venv, Path(name) / "flower", devices, flower_rounds)
+    return {
+        "flower_cpu_ratio": flower["cpu_seconds_per_round"] / ours["cpu_seconds_per_round"],
+        "num_devices": devices,
+        "num_rounds": {"ours": rounds, "flower": flower_rounds},
+        "ours": ours,
+        "flower": flower,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--flower", type=Path, required=True, help="virtual environment with flwr")
@@ -196,18 +211,8 @@ def main() -> None:
     options = parser.parse_args()
     from fedspine_edge.hardware import this_machine
 
-    with tempfile.TemporaryDirectory(prefix="bench-flower-") as name:
-        (Path(name) / "ours").mkdir()
-        ours = rounds_of(Path(name) / "ours", options.devices, options.rounds, reports=False)
-        flower = flower_rounds(options.flower, Path(name) / "flower", options.devices, options.flower_rounds)
-    report = {
-        "machine": dataclasses.asdict(this_machine()),
-        "flower_cpu_ratio": flower["cpu_seconds_per_round"] / ours["cpu_seconds_per_round"],
-        "num_devices": options.devices,
-        "num_rounds": {"ours": options.rounds, "flower": options.flower_rounds},
-        "ours": ours,
-        "flower": flower,
-    }
+    found = compared(options.flower, options.devices, options.rounds, options.flower_rounds)
+    report = {"machine": dataclasses.asdict(this_machine()), **found}
     text = json.dumps(report, indent=1)
     print(text)
     if options.json:

@@ -1,6 +1,6 @@
 """What the link costs: a server process over TLS on the loopback, light devices, one real agent, a 100 MB message.
 
-    python benchmarks/bench_link.py [--devices 80] [--rounds 20] [--idle 500] [--json FILE]
+    python benchmarks/bench_link.py [--devices 80] [--rounds 20] [--idle 500] [--flower VENV] [--json FILE]
 
 Light devices make the calls of real ones with the agent's own `Link`, a thread each in one other process, and send back
 what they were sent, so the rounds cost what carrying and merging them costs. They are put into the database before the
@@ -33,6 +33,7 @@ LIGHT_DEVICES = Path(__file__).with_name("light_devices.py")
 START_SECONDS, ROUNDS_SECONDS, SETTLE_SECONDS, IDLE_SECONDS = 60.0, 240.0, 15.0, 30.0
 PAYLOAD_FEATURES, PAYLOAD_RANK, PAYLOAD_TURNS = 960_000, 64, 3
 ENROL_TURNS = 3
+FLOWER_ROUNDS = 4
 
 
 def small_layout() -> Any:
@@ -298,8 +299,14 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         rounds = rounds_of(folders["rounds"], options.devices, options.rounds)
         idle = idle_devices(folders["idle"], options.idle)
         large = payload(folders["payload"])
+    flower = {}
+    if options.flower is not None:
+        from bench_flower import compared
+
+        flower = compared(options.flower, options.devices, options.rounds, FLOWER_ROUNDS)
     return {
         "machine": dataclasses.asdict(this_machine()),
+        **({"flower_cpu_ratio": flower["flower_cpu_ratio"], "flower": flower} if flower else {}),
         "idle_agent_bytes": agent["bytes"],
         "idle_agent_cpu_share": agent["cpu_share"],
         "enrol_to_first_task_seconds": statistics.median(enrol),
@@ -318,6 +325,9 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--idle", type=int, default=500)
+    parser.add_argument(
+        "--flower", type=Path, help="a virtual environment with flwr: compares with it too, see bench_flower.py"
+    )
     parser.add_argument("--json", type=Path, help="write all figures and the machine's facts here")
     options = parser.parse_args()
     report = measured(options)
