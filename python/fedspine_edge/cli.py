@@ -124,15 +124,18 @@ def reproduce(
     page: Annotated[Path | None, typer.Option(help="Write the page of plots here.")] = None,
     only: Annotated[str | None, typer.Option(help="Only runs whose name holds this.")] = None,
     workers: Annotated[int, typer.Option(help="Devices trained at once.", min=1)] = 2,
+    engine: Annotated[str, typer.Option(help="Who does the devices' rounds: processes or ray.")] = "processes",
+    ray_address: Annotated[str | None, typer.Option(help="A Ray cluster; one is started here when not given.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Compare methods: real training of every method, task and seed of the grid, then the figures."""
     if quick + full + summary != 1 and not (summary and quick):
         raise UsageError("expected one of --quick, --full and --summary", hint="fedspine reproduce --summary")
     from fedspine_edge.commands import reproduce as command
+    from fedspine_edge.commands.engines import Engine
 
     folder = results or (Path("runs/reproduce-quick") if quick else Path("benchmarks/results/reproduce"))
-    wanted = command.Wanted(folder, laws, work, quick, only, workers)
+    wanted = command.Wanted(folder, laws, work, quick, only, Engine(engine, workers, ray_address))
     if not summary:
         try:
             command.run_grid(wanted, tell=lambda line: typer.echo(line, err=True))

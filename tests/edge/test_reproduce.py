@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from fedspine_edge.cli import app
 from fedspine_edge.commands import reproduce_grid as grid
+from fedspine_edge.commands.engines import Engine
 from fedspine_edge.commands.reproduce_run import FORMAT, read_result, result_path, run_cell
 from fedspine_edge.config import Experiment, method, methods, settings_from
 from fedspine_edge.errors import CheckpointError, UsageError
@@ -178,21 +179,45 @@ def test_the_command_wants_one_thing_and_says_when_nothing_is_there(tmp_path):
     assert "expected results in" in str(empty.exception)
 
 
-@pytest.mark.slow
-def test_a_cell_runs_is_stored_and_leaves_nothing_else_behind(tiny_models, tmp_path):
+def run_small_cell(tiny_models, folder, engine):
     rows = [{"text": f"{word} {i}", "label": word} for word in ("how", "who") for i in range(40)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cell = grid.Cell("trec6", "spine", 0.5, 0)
     table = {
-        "model": str(tiny_models["bert"]), "data": str(tmp_path / "rows.jsonl"), "held_out": 10, "validation": 8,
+        "model": str(tiny_models["bert"]), "data": str(folder / "rows.jsonl"), "held_out": 10, "validation": 8,
         "run": {"rounds": 3, "steps_per_round": 2, "participants": 2, "ranks": [2, 4], "fixed_rank": 2},
         "fleet": {"tx2": 2, "xavier_nx": 1},
     }  # fmt: skip
     with LiveView(quiet=True) as live:
-        found = run_cell(cell, table, work=tmp_path / "work", results=tmp_path / "results", workers=1, live=live)
-    stored = read_result(tmp_path / "results", cell)
+        found = run_cell(
+            cell, table, work=folder / "work", results=folder / engine.name, engine=engine, live=live
+        )  # fmt: skip
+    stored = read_result(folder / engine.name, cell)
     assert stored == json.loads(json.dumps(found))
+    assert not (folder / "work" / cell.name).exists()
+    return stored, table
+
+
+@pytest.mark.slow
+def test_a_cell_runs_is_stored_and_leaves_nothing_else_behind(tiny_models, tmp_path):
+    stored, table = run_small_cell(tiny_models, tmp_path, Engine("processes", 1))
     assert stored["digest"] == grid.digest(table)
     assert len(stored["curve"]) == 3
     assert 0 <= stored["waiting_share"] < 1
-    assert not (tmp_path / "work" / cell.name).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_cell_on_ray_stores_the_same_result(tiny_models, tmp_path):
+    in_processes, _ = run_small_cell(tiny_models, tmp_path, Engine("processes", 1))
+    on_ray, _ = run_small_cell(tiny_models, tmp_path, Engine("ray", 2))
+    measured = ("wall_seconds", "server_cpu_seconds")
+    assert {k: v for k, v in on_ray.items() if k not in measured} == {
+        k: v for k, v in in_processes.items() if k not in measured
+    }
+
+
+def test_an_unknown_engine_is_refused(tmp_path):
+    found = CliRunner().invoke(app, ["reproduce", "--quick", "--engine", "spark", "--results", str(tmp_path)])
+    assert isinstance(found.exception, UsageError)
+    assert "expected an engine among processes, ray, found 'spark'" in str(found.exception)

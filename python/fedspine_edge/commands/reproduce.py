@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.atomic import write_bytes
+from fedspine_edge.commands.engines import Engine
 from fedspine_edge.commands.reproduce_grid import Cell, chosen, digest, full_grid, missing, quick_grid, table_of
 from fedspine_edge.commands.reproduce_run import read_result, run_cell
 from fedspine_edge.errors import CheckpointError
@@ -33,7 +34,7 @@ class Wanted:
         work: Folder of runs under way.
         quick: One task, one seed, fewer rounds.
         only: Run only cells whose name holds this.
-        workers: Devices trained at once.
+        engine: Who does the devices' rounds; the results do not depend on it.
     """
 
     results: Path
@@ -41,7 +42,7 @@ class Wanted:
     work: Path
     quick: bool
     only: str | None
-    workers: int
+    engine: Engine
 
 
 def cells_of(wanted: Wanted) -> list[Cell]:
@@ -67,7 +68,7 @@ def run_grid(wanted: Wanted, *, tell: Callable[[str], None]) -> None:
             continue
         start = time.monotonic()
         with LiveView(quiet=True) as live:
-            found = run_cell(cell, table, work=wanted.work, results=wanted.results, workers=wanted.workers, live=live)
+            found = run_cell(cell, table, work=wanted.work, results=wanted.results, engine=wanted.engine, live=live)
         tell(
             f"{number}/{len(cells)} {cell.name}: accuracy {found['accuracy']:.3f} at {found['reached_sparsity']:.2f},"
             f" {found['virtual_seconds']:.0f} virtual s, {time.monotonic() - start:.0f} s"

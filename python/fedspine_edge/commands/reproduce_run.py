@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from fedspine_edge.atomic import write_bytes
+from fedspine_edge.commands.engines import Engine
 from fedspine_edge.commands.experiment import EXPERIMENT_FILE, build_scene, read_experiment, write_experiment
 from fedspine_edge.commands.reproduce_grid import Cell, digest
 from fedspine_edge.commands.run_state import global_model, last_state, save_state
-from fedspine_edge.commands.workers import Workers
 from fedspine_edge.errors import CheckpointError
 from fedspine_edge.hardware import this_machine
 from fedspine_edge.live import LiveView
@@ -53,7 +53,7 @@ def read_result(results: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def run_cell(
-    cell: Cell, table: Mapping[str, Any], *, work: Path, results: Path, workers: int, live: LiveView
+    cell: Cell, table: Mapping[str, Any], *, work: Path, results: Path, engine: Engine, live: LiveView
 ) -> dict[str, Any]:
     """Runs a cell, or goes on with it, and stores and returns its result.
 
@@ -62,7 +62,7 @@ def run_cell(
         table: Its experiment.
         work: Folder of run directories; the cell's is removed once the result is stored.
         results: Folder of results.
-        workers: Devices trained at once.
+        engine: Who does the devices' rounds.
         live: Where progress is shown.
 
     Raises:
@@ -71,7 +71,7 @@ def run_cell(
     start, cpu = time.monotonic(), time.process_time()
     run_dir = _run_directory(work / cell.name, cell, table)
     scene = build_scene(run_dir)
-    with Workers(scene.setup, workers) as pool:
+    with engine.open(scene.setup) as pool:
         state = run_fleet(
             last_state(scene, scene.settings, run_dir / "state"),
             scene.devices,

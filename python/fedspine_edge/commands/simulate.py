@@ -18,11 +18,10 @@ from typing import Any
 
 from fedspine_edge.atomic import write_bytes
 from fedspine_edge.checkpoint import save_pruned
+from fedspine_edge.commands.engines import Engine, Pool
 from fedspine_edge.commands.experiment import Scene, build_scene
 from fedspine_edge.commands.judgement import ModelFiles, judge_files
-from fedspine_edge.commands.ray_workers import RayWorkers
 from fedspine_edge.commands.run_state import global_model, last_state, save_state
-from fedspine_edge.commands.workers import Workers
 from fedspine_edge.hardware import MemoryWatch, this_machine, usable_cores
 from fedspine_edge.live import LiveView
 from fedspine_edge.masks import kept_counts
@@ -70,7 +69,8 @@ def simulate(
     with LiveView(quiet=quiet, follow=follow) as live, MemoryWatch() as memory:
         live.handle({"kind": "phase", "text": "reading model and data", "total": None, "done": 0})
         scene = build_scene(run_dir)
-        with _engine(scene, workers or usable_cores()) as pool:
+        engine = Engine(scene.experiment.engine, workers or usable_cores(), scene.experiment.ray_address or None)
+        with engine.open(scene.setup) as pool:
             untuned = _untuned_accuracy(scene, pool, live)
             pruned = _federate(scene, scene.settings, run_dir, "", pool, live)
             dense = _dense_reference(scene, run_dir, pool, live)
@@ -91,18 +91,12 @@ def simulate(
     return summary
 
 
-def _engine(scene: Scene, num_workers: int) -> Workers | RayWorkers:
-    if scene.experiment.engine == "ray":
-        return RayWorkers(scene.setup, num_workers, scene.experiment.ray_address or None)
-    return Workers(scene.setup, num_workers)
-
-
-def _untuned_accuracy(scene: Scene, pool: Workers | RayWorkers, live: LiveView) -> float:
+def _untuned_accuracy(scene: Scene, pool: Pool, live: LiveView) -> float:
     live.handle({"kind": "phase", "text": "accuracy before any tuning", "total": None, "done": 0})
     return pool.accuracy(global_model(scene.first_state(scene.settings), pruning_ratio=0.0), "validation")
 
 
-def _dense_reference(scene: Scene, run_dir: Path, pool: Workers | RayWorkers, live: LiveView) -> Finished | None:
+def _dense_reference(scene: Scene, run_dir: Path, pool: Pool, live: LiveView) -> Finished | None:
     """The same run at sparsity 0, to compare with."""
     if not scene.experiment.dense_reference or scene.settings.target_sparsity == 0:
         return None
@@ -111,9 +105,7 @@ def _dense_reference(scene: Scene, run_dir: Path, pool: Workers | RayWorkers, li
     return _federate(scene, settings, run_dir, "_dense", pool, live)
 
 
-def _federate(
-    scene: Scene, settings: RunSettings, run_dir: Path, suffix: str, pool: Workers | RayWorkers, live: LiveView
-) -> Finished:
+def _federate(scene: Scene, settings: RunSettings, run_dir: Path, suffix: str, pool: Pool, live: LiveView) -> Finished:
     """Runs the rounds that are not yet done and judges the result on the held-out rows."""
     save = functools.partial(save_state, run_dir, suffix=suffix)
     state = last_state(scene, settings, run_dir / f"state{suffix}")
