@@ -2,7 +2,8 @@
 
 Comes in: a state, a carrier, terms. Goes out: the state at the end. A round ends with the last answer, at its deadline
 once a quorum has answered, or at the timeout. An answer that comes later is merged in the next closing with less
-weight. The state is saved when a round opens and when it closes, so after a kill the same assignments are handed out.
+weight; one that comes too late for that is given up. A device that comes back within a round is asked again. The state
+is saved when a round opens and when it closes, so after a kill the same assignments are handed out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from fedspine_edge.protocol import Assignment
 from fedspine_server import coordinator
-from fedspine_server.carriers import Carrier, Failed, Inventory, Result
+from fedspine_server.carriers import Carrier, Event, Failed, Inventory, Joined, Left, Result
 from fedspine_server.closing import round_end
 from fedspine_server.lateness import LateResult
 from fedspine_server.recorded import with_recorded_seconds
@@ -94,6 +95,7 @@ class CarriedRun:
             logger.info(
                 "round closed round=%d merged=%d", self._state.round_index - 1, self._state.history[-1]["num_merged"]
             )
+        self._give_up(self._state.settings.rounds)
         return self._state
 
     def _one_round(self) -> RunState:
@@ -106,12 +108,18 @@ class CarriedRun:
         assignments, state = coordinator.assign(state)
         self._save(state)
         oldest = state.round_index - self._terms.max_staleness
-        self._asked = {key: asked for key, asked in self._asked.items() if key[1] >= oldest}
+        self._give_up(oldest)
         self._asked |= {(asked.device_id, state.round_index): asked for asked in assignments}
         opened = _Round(state, self._clock(), {asked.device_id for asked in assignments}, late=self._late)
         self._late = []
         self._carrier.offer(assignments)
         return self._closed(opened, self._await_end(opened))
+
+    def _give_up(self, oldest: int) -> None:
+        """Forgets what was asked in rounds before the oldest whose answers still count."""
+        for key in [key for key in self._asked if key[1] < oldest]:
+            self._carrier.cancel(*key)
+            del self._asked[key]
 
     def _present(self) -> Mapping[str, Inventory]:
         """Waits until enough devices with the run's base model and examples are there."""
@@ -150,13 +158,34 @@ class CarriedRun:
         end = round_end(arrivals, num_waiting=len(opened.waiting), limit=limit, quorum=quorum)
         return opened.opened_at + min(end, timeout)
 
-    def _take(self, opened: _Round, events: Sequence[Result | Failed]) -> None:
-        now = self._clock() - opened.opened_at
+    def _take(self, opened: _Round, events: Sequence[Event]) -> None:
+        now, index = self._clock() - opened.opened_at, opened.state.round_index
         for event in events:
-            if event.round_index == opened.state.round_index and event.device_id in opened.waiting:
-                opened.waiting.discard(event.device_id)
-                opened.answers[event.device_id] = (now, self._result(event))
-        opened.late += self._late_ones(events, opened.state.round_index)
+            if isinstance(event, Joined):
+                self._ask_again(opened, event.device_id)
+            elif event.device_id not in opened.waiting:
+                continue
+            elif isinstance(event, Left):
+                gone = Failed(event.device_id, index, "it can no longer be reached")
+                self._answered(opened, now, gone)
+            elif event.round_index == index:
+                self._answered(opened, now, event)
+        opened.late += self._late_ones(events, index)
+
+    def _answered(self, opened: _Round, now: float, event: Result | Failed) -> None:
+        opened.waiting.discard(event.device_id)
+        opened.answers[event.device_id] = (now, self._result(event))
+        if isinstance(event, Result):  # once: what a carrier brings twice does not count twice
+            self._asked.pop((event.device_id, event.round_index), None)
+
+    def _ask_again(self, opened: _Round, device_id: str) -> None:
+        """A device that came back and owes an answer: it may have it on disk."""
+        asked = self._asked.get((device_id, opened.state.round_index))
+        if asked is not None:
+            logger.info("asked again device=%s round=%d", device_id, asked.round_index)
+            opened.answers.pop(device_id, None)
+            opened.waiting.add(device_id)
+            self._carrier.offer([asked])
 
     def _result(self, event: Result | Failed) -> DeviceResult:
         known = self._facts.get(event.device_id)
@@ -177,11 +206,13 @@ class CarriedRun:
             **board,
         )
 
-    def _late_ones(self, events: Sequence[Result | Failed], round_index: int) -> list[LateResult]:
+    def _late_ones(self, events: Sequence[Event], round_index: int) -> list[LateResult]:
         late = []
         for event in events:
-            asked = self._asked.get((event.device_id, event.round_index))
-            if isinstance(event, Result) and event.round_index < round_index and asked is not None:
+            if not isinstance(event, Result) or event.round_index >= round_index:
+                continue
+            asked = self._asked.pop((event.device_id, event.round_index), None)
+            if asked is not None:
                 late.append(LateResult(asked, dataclasses.replace(self._result(event), arrival="late")))
         return late
 

@@ -1,7 +1,8 @@
 """What a run needs of whatever carries its messages, when the coordinator itself holds the rounds.
 
 A carrier offers assignments to devices and says what became of them; it may lose any of them, and need not say so.
-The HTTPS link is no such object: its rounds live in a database, so that several processes can hold them.
+There is no event of a device's progress: Flower carries one reply a message. The HTTPS link, which has it, is no such
+object: its rounds live in a database, so that several processes can hold them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,28 @@ class Inventory:
     memory_bytes: int
     base_sha256: str
     facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A device can be reached, or again: what it was sent before is lost, what it finished is not.
+
+    Attributes:
+        device_id: Which.
+    """
+
+    device_id: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A device can no longer be reached.
+
+    Attributes:
+        device_id: Which.
+    """
+
+    device_id: str
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,9 @@ class Failed:
     reason: str
 
 
+Event = Joined | Left | Result | Failed
+
+
 class Carrier(Protocol):
     """Carries messages between the coordinator and devices."""
 
@@ -69,7 +95,10 @@ class Carrier(Protocol):
         """Returns what is known of the devices that can be reached now."""
 
     def offer(self, assignments: Sequence[Assignment]) -> None:
-        """Sends each device what it is asked; returns at once."""
+        """Sends each device what it is asked, in the place of what it was sent for that round; returns at once."""
 
-    def events(self, seconds: float) -> Sequence[Result | Failed]:
-        """Returns what has become of offers since the last call, waiting a while for something to happen."""
+    def cancel(self, device_id: str, round_index: int) -> None:
+        """Gives an offer up: nobody waits for its answer any more."""
+
+    def events(self, seconds: float) -> Sequence[Event]:
+        """Returns what has happened since the last call, waiting a while for something to happen."""

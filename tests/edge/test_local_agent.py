@@ -22,6 +22,7 @@ class PretendedWorker:
 
     asked = 0
     fails = None
+    hangs = False
 
     def __init__(self, settings):
         self.pid = 1
@@ -30,7 +31,15 @@ class PretendedWorker:
     def start(self):
         self.answers.append({"kind": "ready", "base_sha256": BASE, "num_examples": 7})
 
-    def ask(self, kind, *, task, update, **_):
+    def ask(self, kind, *, task=None, update=None, **_):
+        if kind == "cancel":
+            self.answers = [{"kind": "failed", "reason": "cancelled"}]
+        elif self.hangs:
+            self.answers = [{"kind": "step"}]
+        else:
+            self.work(task, update)
+
+    def work(self, task, update):
         type(self).asked += 1
         content = f"update of {task['task_id']}".encode()
         write_bytes(local.Path(update), content)
@@ -47,7 +56,7 @@ class PretendedWorker:
 @pytest.fixture
 def agent(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "WorkerProcess", PretendedWorker)
-    PretendedWorker.asked, PretendedWorker.fails = 0, None
+    PretendedWorker.asked, PretendedWorker.fails, PretendedWorker.hangs = 0, None, False
     settings = AgentSettings("model", "data", memory_bytes=1 << 30, min_memory_bytes=0, min_disk_bytes=0)
     with local.LocalAgent(tmp_path, "board-1", settings) as agent:
         threading.Thread(target=agent.serve, daemon=True).start()
@@ -109,6 +118,13 @@ def test_a_failed_task_says_why_and_is_tried_anew_when_asked_again(agent):
     assert "want of memory" in ask(agent, b"message")[0]["failure"]
     PretendedWorker.fails = None
     assert ask(agent, b"message")[1]
+
+
+def test_work_for_which_nobody_waits_any_more_is_given_up(agent):
+    PretendedWorker.hangs = True
+    assert ask(agent, b"message", lease_seconds=0.05)[0]["failure"] == "cancelled"
+    PretendedWorker.hangs = False
+    assert ask(agent, b"another")[1]
 
 
 def test_a_caller_that_goes_away_harms_nobody(agent):

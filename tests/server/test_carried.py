@@ -5,7 +5,7 @@ import toy
 
 from fedspine_server import coordinator
 from fedspine_server.carried import CarriedRun, Terms
-from fedspine_server.carriers import Failed, Inventory, Result
+from fedspine_server.carriers import Failed, Inventory, Joined, Left, Result
 from fedspine_server.settings import RunSettings
 from fedspine_server.state import adapter_sha256
 
@@ -20,6 +20,8 @@ class FakeCarrier:
         self.ways = ways
         self.under_way = []
         self.base = "ba5e"
+        self.given_up = []
+        self.offered = []
 
     def inventory(self):
         self.now += 0.001
@@ -27,12 +29,16 @@ class FakeCarrier:
 
     def offer(self, assignments):
         for one in assignments:
+            self.offered.append((one.device_id, one.round_index))
             way = self.ways[one.device_id]
             if isinstance(way, str):
                 self.under_way.append((self.now, Failed(one.device_id, one.round_index, way)))
             else:
                 update = toy.tune_one(toy.layout(), one, EXAMPLES[one.device_id])
                 self.under_way.append((self.now + way, Result(one.device_id, one.round_index, update, way)))
+
+    def cancel(self, device_id, round_index):
+        self.given_up.append((device_id, round_index))
 
     def events(self, seconds):
         self.now += max(0.01, seconds)
@@ -88,6 +94,59 @@ def test_a_late_answer_is_merged_once_with_less_weight_in_the_next_round():
     assert all(one["device_id"] == "b" and one["state"] in ("merged", "superseded") for one in late)
     assert late[0]["weight"] == pytest.approx(2**-0.5)
     assert len({one["round_index"] for one in late}) == len(late)
+
+
+def test_an_answer_that_comes_too_late_to_count_is_given_up():
+    begin = first(controller="fixed", fixed_rank=2)
+    carrier = FakeCarrier({"a": 1.0, "b": 1e9})
+    run(carrier, begin, min_devices=2, round_timeout_seconds=30.0, max_staleness=1)
+    assert carrier.given_up == [("b", 0), ("b", 1), ("b", 2), ("b", 3)]
+
+
+class Flaky(FakeCarrier):
+    """Device b loses what it was sent in round 1, and comes back after 5 seconds with nothing or as another node."""
+
+    def __init__(self, ways, *, back=True):
+        super().__init__(ways)
+        self.back = back
+        self.lost = False
+
+    def offer(self, assignments):
+        super().offer(assignments)
+        if assignments[0].round_index == 1 and not self.lost:
+            self.lost = True
+            self.under_way = [(at, event) for at, event in self.under_way if event.device_id != "b"]
+            self.under_way.append((self.now + 2.0, Left("b")))
+            if self.back:
+                self.under_way.append((self.now + 5.0, Joined("b")))
+
+
+def test_a_device_that_comes_back_within_a_round_is_asked_again():
+    carrier = Flaky({"a": 10.0, "b": 1.0})
+    state = run(carrier, first(controller="fixed", fixed_rank=2), min_devices=2)
+    assert [fates(record) for record in state.history] == [dict.fromkeys("ab", "merged")] * 4
+    assert carrier.offered.count(("b", 1)) == 2
+
+
+def test_the_round_does_not_wait_for_a_device_that_left():
+    state = run(Flaky({"a": 3.0, "b": 1.0}, back=False), first(controller="fixed", fixed_rank=2), min_devices=2)
+    assert fates(state.history[1]) == {"a": "merged", "b": "dropped"}
+    assert state.history[1]["devices"][1]["detail"] == "failed: it can no longer be reached"
+    assert state.history[1]["virtual_end_seconds"] - state.history[1]["virtual_start_seconds"] < 10.0
+
+
+def test_an_answer_that_comes_twice_counts_once():
+    class Twice(FakeCarrier):
+        def events(self, seconds):
+            found = super().events(seconds)
+            self.under_way += [(self.now + 31.0, one) for one in found if isinstance(one, Result)]
+            return found
+
+    state = run(
+        Twice({"a": 1.0, "b": 29.0}), first(controller="fixed", fixed_rank=2), min_devices=2, max_staleness=3
+    )  # fmt: skip
+    assert [fates(record) for record in state.history] == [dict.fromkeys("ab", "merged")] * 4
+    assert [record["late"] for record in state.history] == [[]] * 4
 
 
 def test_a_run_killed_at_any_save_goes_on_to_the_same_adapter():

@@ -2,13 +2,15 @@
 
 Comes in: tasks as the HTTPS link's, checked the same way. Goes out: updates. The model stays loaded between tasks
 though the caller is a new process each time, one task runs at a time, and a task that was finished is answered from
-disk when it is asked for again: after a killed caller, or a server that restarted and repeats its round.
+disk when it is asked for again: after a killed caller, or a server that restarted and repeats its round. Work that
+takes longer than anybody waits for its answer (`lease_seconds`) is given up.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import socket
 import threading
 import time
@@ -130,7 +132,7 @@ class LocalAgent:
             logger.info("worker started pid=%s", self._worker.pid)
         update = self._journal.update_path
         self._worker.ask("tune", task=task, blob=str(blob), states=str(self._journal.states), update=str(update))
-        answer = self._last_answer()
+        answer = self._last_answer(time.monotonic() + task["lease_seconds"])
         if answer["kind"] != "done":
             raise LinkError(str(answer["reason"]))
         manifest = {name: answer[name] for name in ("sha256", "num_bytes")}
@@ -155,13 +157,17 @@ class LocalAgent:
         if reason is not None:
             raise LinkError(reason)
 
-    def _last_answer(self) -> Mapping[str, Any]:
-        """Waits for the end of a task, and lets the board cool meanwhile."""
+    def _last_answer(self, limit: float) -> Mapping[str, Any]:
+        """Waits for the end of a task, which comes by cancelling at the limit, and lets the board cool meanwhile."""
         paused, last_look = False, time.monotonic()
         while True:
             answer = self._worker.answer(LOOK_SECONDS)
             if answer is not None and answer["kind"] not in ("step", "ready"):
                 return answer
+            if time.monotonic() >= limit:
+                logger.warning("work given up: nobody waits for it any more")
+                self._worker.ask("cancel")
+                limit = math.inf
             if time.monotonic() - last_look >= CELSIUS_SECONDS:
                 last_look = time.monotonic()
                 reason = guards.rest(self._settings, self._senses.celsius(), resting=paused)
