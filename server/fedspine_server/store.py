@@ -28,12 +28,15 @@ from fedspine_edge.errors import CheckpointError
 from fedspine_edge.protocol import Layout
 from fedspine_server.aggregation.contribution import Factors
 from fedspine_server.controllers.contract import Choice
+from fedspine_server.history import pack_history, unpack_history
 from fedspine_server.settings import RunSettings
 from fedspine_server.state import DeviceState, RunState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)  # 1 had the history in the document
 NUM_KEPT = 2
 METADATA_KEY = "fedspine_state"
+DEVICE_FIELDS = tuple(field.name for field in dataclasses.fields(DeviceState) if field.name != "kept")
 FILE_NAME = re.compile(r"round-(\d{6})\.safetensors")
 
 logger = logging.getLogger(__name__)
@@ -146,11 +149,9 @@ def to_bytes(state: RunState) -> bytes:
         arrays |= {f"lora_a/{name}": factors.lora_a, f"lora_b/{name}": factors.lora_b}
     for index, device in enumerate(state.devices.values()):
         arrays |= {f"kept/{index}/{name}": members for name, members in device.kept.items()}
+    arrays |= {f"history/{index:06d}": packed for index, packed in enumerate(pack_history(state.history))}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    devices = [
-        {key: value for key, value in dataclasses.asdict(device).items() if key != "kept"}
-        for device in state.devices.values()
-    ]
+    devices = [{name: getattr(device, name) for name in DEVICE_FIELDS} for device in state.devices.values()]
     document = {
         "run_id": state.run_id,
         "settings": state.settings.to_json(),
@@ -160,7 +161,6 @@ def to_bytes(state: RunState) -> bytes:
         "devices": devices,
         "controller_state": state.controller_state,
         "open_choices": [dataclasses.asdict(choice) for choice in state.open_choices.values()],
-        "history": list(state.history),
     }
     text = json.dumps(document, sort_keys=True)
     header = {"version": FORMAT_VERSION, "sha256": _checksum(text, arrays), "state": text}
@@ -183,7 +183,7 @@ def _from_blob(blob: bytes, where: Path | str) -> RunState:
         version, checksum, text = header["version"], header["sha256"], header["state"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise _DamagedError(f"not a whole state file: {error}") from error
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         raise CheckpointError(
             f"expected state format {FORMAT_VERSION}, found {version} in {where}",
             hint="resume with the version of fedspine-edge that saved it",
@@ -217,8 +217,14 @@ def _from_document(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
         devices=devices,
         controller_state=document["controller_state"],
         open_choices={choice.device_id: choice for choice in choices},
-        history=tuple(document["history"]),
+        history=_history(document, arrays),
     )
+
+
+def _history(document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[Mapping[str, Any], ...]:
+    if "history" in document:
+        return tuple(document["history"])
+    return unpack_history([array for _, array in sorted(_named(arrays, "history/").items())])
 
 
 def _named(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_blob
 
 from fedspine_edge.errors import CheckpointError
 from fedspine_server import coordinator, store
+from fedspine_server.history import pack_history, unpack_history
 
 EXAMPLES = {"a": 10, "b": 30, "c": 20}
 
@@ -51,6 +52,33 @@ def test_a_saved_state_comes_back_as_it_was(begin, tmp_path, controller):
     state = played(begin(controller=controller), 3)
     store.save(tmp_path, state)
     assert_same(store.load(tmp_path), state)
+
+
+def test_a_state_of_the_format_before_is_read(begin):
+    state = played(begin(controller="structured"), 2)
+    blob = store.to_bytes(state)
+    arrays = {name: array for name, array in load_blob(blob).items() if not name.startswith("history/")}
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"][store.METADATA_KEY])
+    text = json.dumps({**json.loads(header["state"]), "history": list(state.history)}, sort_keys=True)
+    header = {"version": 1, "sha256": store._checksum(text, arrays), "state": text}
+    assert_same(store.from_bytes(save_blob(arrays, metadata={store.METADATA_KEY: json.dumps(header)})), state)
+
+
+def test_a_closed_rounds_record_is_packed_once(begin):
+    state = played(begin(controller="structured"), 3)
+    first = pack_history(state.history)
+    longer = played(state, 1)
+    again = pack_history(longer.history)
+    assert [one is other for one, other in zip(first, again, strict=False)] == [True] * 3
+    read = unpack_history(again)
+    assert read == longer.history
+    assert [one is other for one, other in zip(again, pack_history(read), strict=True)] == [True] * 4
+
+
+def test_damaged_history_is_no_history():
+    with pytest.raises(ValueError, match="expected a packed record"):
+        unpack_history([np.arange(9, dtype=np.uint8)])
 
 
 def test_a_state_with_open_assignments_hands_out_the_same_ones_again(begin, tmp_path):
@@ -96,7 +124,7 @@ def test_a_file_of_another_version_is_named(begin, tmp_path):
     header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])["__metadata__"]["fedspine_state"]
     changed = json.dumps({**json.loads(header), "version": 99})
     path.write_bytes(save_blob(load_blob(blob), metadata={"fedspine_state": changed}))
-    with pytest.raises(CheckpointError, match=r"expected state format 1, found 99 in .*round-000000"):
+    with pytest.raises(CheckpointError, match=r"expected state format 2, found 99 in .*round-000000"):
         store.load(tmp_path)
 
 
