@@ -73,7 +73,9 @@ test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
 
 test-engines: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 tests/edge/test_engines.py
-	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_ray.py
+	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_ray.py \
+	  tests/edge/test_flower_commands.py tests/server/test_carried.py
+	$(RUN) $(BIN)/python -m pytest --durations=0 -m ray tests/edge/test_reproduce.py
 
 test-page: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m page tests/edge/test_fleet_page.py
@@ -99,11 +101,13 @@ lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc benchmarks/arm/*.cc
 
-bench: $(VENV)/.installed $(VENV)/.dev
+bench: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json
 	$(RUN) $(BIN)/python benchmarks/bench_memory.py --json benchmarks/results/memory-minilm.json
 	$(RUN) $(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json --plot benchmarks/results/step.svg
 	$(RUN) $(BIN)/python benchmarks/bench_link.py --json benchmarks/results/link.json
+	$(RUN) $(BIN)/python benchmarks/bench_scale.py --json benchmarks/results/scale.json
+	FEDSPINE_CARRIERS_JSON=benchmarks/results/carriers.json $(RUN) $(BIN)/python -m pytest -rP tests/edge/test_engines.py
 
 clean:
 	rm -rf $(VENV) $(ENGINES) build dist

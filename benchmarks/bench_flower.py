@@ -151,7 +151,13 @@ def flower_rounds_of(venv: Path, folder: Path, count: int, rounds: int) -> dict[
     (folder / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment = {**os.environ, "FLWR_HOME": str(folder), "FLWR_TELEMETRY_ENABLED": "0", "OPENBLAS_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(folder),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     environment["PATH"] = f"{programs}:{environment['PATH']}"
     log = folder / "superlink.log"
     with log.open("ab") as file:

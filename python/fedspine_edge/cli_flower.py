@@ -1,4 +1,4 @@
-"""`fedspine flower`: a run's request for the ServerApp, and the agent beside a device's SuperNode."""
+"""`fedspine flower`: a run's request, the agent beside a device's SuperNode, Flower's programs told to be silent."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fedspine_edge.agent.settings import AgentSettings
 flower = typer.Typer(help="Rounds over a fleet that runs Flower.", no_args_is_help=True)
 commands = typer.Typer()
 commands.add_typer(flower, name="flower")
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @flower.command()
@@ -47,3 +48,41 @@ def device(
 
     settings = AgentSettings(model, data, memory_bytes=memory_bytes, threads=threads, slow_down=slow_down)
     command.serve_device(state, name or socket.gethostname(), settings, socket_path)
+
+
+@flower.command(context_settings=PASSED_ON)
+def superlink(context: typer.Context) -> None:
+    """Become flower-superlink: its options, no telemetry, no look for updates, nothing installed at run time."""
+    from fedspine_edge.commands import flower as command
+
+    command.become("flower-superlink", ["--disable-runtime-dependency-installation", *context.args])
+
+
+@flower.command(context_settings=PASSED_ON)
+def supernode(
+    context: typer.Context,
+    state: Annotated[Path, typer.Argument(help="This device's directory, as for `device`.")],
+    *,
+    socket_path: Annotated[Path | None, typer.Option("--socket", help="Unix socket; DIR/agent.sock.")] = None,
+) -> None:
+    """Become flower-supernode for the agent of that directory: its options, no telemetry, no look for updates."""
+    from fedspine_edge.commands import flower as command
+
+    agent = (socket_path or command.socket_of(state)).absolute()
+    command.become("flower-supernode", ["--node-config", f'agent="{agent}"', *context.args])
+
+
+@flower.command(context_settings=PASSED_ON)
+def run(
+    context: typer.Context,
+    app: Annotated[Path, typer.Argument(help="The app's directory: examples/flower.")],
+    connection: Annotated[str, typer.Argument(help="SuperLink's name in Flower's own configuration.")],
+    *,
+    request_path: Annotated[Path, typer.Option("--request", help="From `request`; a path SuperLink's machine knows.")],
+    directory: Annotated[Path, typer.Option(help="The run's directory on SuperLink's machine.")],
+) -> None:
+    """Become flwr run: its options, no telemetry, no look for updates. Again with the same directory it goes on."""
+    from fedspine_edge.commands import flower as command
+
+    settings = f'request="{request_path.absolute()}" directory="{directory.absolute()}"'
+    command.become("flwr", ["run", str(app), connection, "--run-config", settings, *context.args])

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedspine_edge.agent.journal import Journal
 from fedspine_edge.commands.boards import Fleet
 from fedspine_edge.commands.experiment import shares_of
 from fedspine_edge.config import Experiment, load_table, settings_from
@@ -42,19 +45,27 @@ def waited(ready: Callable[[], Any], what: str, seconds: float, logs: Path) -> A
 
 
 class FlowerFleet:
-    """One SuperLink and a SuperNode with its agent for each device of an experiment; ended by process id."""
+    """One SuperLink and a SuperNode with its agent for each device of an experiment; ended by process id.
 
-    def __init__(self, folder: Path, programs: Path, toml: Path, slow_down: dict[str, float] | None = None) -> None:
-        self.folder, self.programs, self.toml = folder, programs, toml
+    Flower's programs are started by `fedspine flower`, so they are as silent as those of a user.
+
+    Args:
+        folder: Where everything goes.
+        programs: Where Flower's programs are.
+        toml: The experiment.
+        secure: Whether SuperLink has TLS and takes registered keys alone.
+    """
+
+    def __init__(self, folder: Path, programs: Path, toml: Path, *, secure: bool = False) -> None:
+        self.folder, self.toml, self.secure = folder, toml, secure
+        self._programs = programs
         self.run_directory = folder / "run"
         self.port = free_port()
         self._processes: dict[str, psutil.Process] = {}
         self._started: list[subprocess.Popen[bytes]] = []
-        self._slow_down = slow_down or {}
         self._environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if not name.startswith("FLWR_")},
             "FLWR_HOME": str(folder / "home"),
-            "FLWR_TELEMETRY_ENABLED": "0",
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{programs}:{os.environ['PATH']}",
@@ -62,19 +73,39 @@ class FlowerFleet:
         }
         (folder / "home").mkdir(parents=True)
         (folder / "home" / "config.toml").write_text(
-            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\n'
+            + (f'root-certificates = "{folder / "server" / "ca.pem"}"\n' if secure else "insecure = true\n")
         )
+        if secure:
+            self.call(*PROGRAM, "serve", "--init", "--dir", folder / "server", "--host", "127.0.0.1")
 
     def start(self) -> None:
-        self.start_superlink()
-        for device_id, memory_bytes in self._write_devices().items():
+        devices = self._write_devices()
+        for device_id, memory_bytes in devices.items():
             self._start_agent(device_id, memory_bytes)
+        self.start_superlink()
+        for device_id in devices:
+            if self.secure:
+                self.make_key(device_id)
+                self.call(
+                    self._programs / "flwr", "supernode", "register", self.folder / f"{device_id}.key.pub", "here"
+                )
             self.start_node(device_id)
+        for device_id in devices:
+            waited(self._socket(device_id).exists, f"agent of {device_id}", START_SECONDS, self.folder)
+
+    def _socket(self, device_id: str) -> Path:
+        return self.folder / f"{device_id}.sock"
 
     def start_superlink(self) -> None:
+        made = self.folder / "server"
+        keys = (
+            "--ssl-ca-certfile", made / "ca.pem", "--ssl-certfile", made / "server.pem", "--ssl-keyfile",
+            made / "server.key", "--enable-supernode-auth",
+        )  # fmt: skip
         self._start(
-            "superlink", self.programs / "flower-superlink", "--insecure", "--disable-runtime-dependency-installation",
-            "--host", "127.0.0.1", "--port", self.port, "--database", self.folder / "superlink.db",
+            "superlink", *PROGRAM, "flower", "superlink", "--host", "127.0.0.1", "--port", self.port,
+            "--database", self.folder / "superlink.db", *(keys if self.secure else ["--insecure"]),
         )  # fmt: skip
         waited(self._answers, "SuperLink", START_SECONDS, self.folder)
 
@@ -99,24 +130,46 @@ class FlowerFleet:
         return {spec.device_id: spec.memory_bytes for spec in specs}
 
     def _start_agent(self, device_id: str, memory_bytes: int) -> None:
-        path = self.folder / f"{device_id}.sock"
         self._start(
             f"agent-{device_id}", *PROGRAM, "flower", "device", self.folder / device_id, "--name", device_id,
             "--model", self.model, "--data", self.folder / f"{device_id}.jsonl", "--memory-bytes", memory_bytes,
-            "--threads", 1, "--socket", path, "--slow-down", self._slow_down.get(device_id, 1.0),
+            "--threads", 1, "--socket", self._socket(device_id),
         )  # fmt: skip
-        waited(path.exists, f"agent of {device_id}", START_SECONDS, self.folder)
 
     def start_node(self, device_id: str) -> None:
-        self._start(
-            f"node-{device_id}", self.programs / "flower-supernode", "--insecure", "--superlink",
-            f"127.0.0.1:{self.port}", "--host", "127.0.0.1", "--port", free_port(),
-            "--node-config", f'agent="{self.folder / device_id}.sock"',
+        keys = (
+            "--root-certificates", self.folder / "server" / "ca.pem",
+            "--auth-supernode-private-key", self.folder / f"{device_id}.key",
         )  # fmt: skip
+        self._start(
+            f"node-{device_id}", *PROGRAM, "flower", "supernode", self.folder / device_id,
+            "--socket", self._socket(device_id), "--superlink", f"127.0.0.1:{self.port}",
+            "--host", "127.0.0.1", "--port", free_port(), *(keys if self.secure else ["--insecure"]),
+        )  # fmt: skip
+
+    def make_key(self, name: str) -> None:
+        """Writes a key and its public part as `ssh-keygen -t ecdsa -b 384` does."""
+        key = ec.generate_private_key(ec.SECP384R1())
+        openssh, nothing = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        (self.folder / f"{name}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, openssh, nothing))
+        public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        (self.folder / f"{name}.key.pub").write_bytes(public)
+
+    def start_stranger(self) -> None:
+        """A SuperNode whose key nobody registered."""
+        (self.folder / "stranger").mkdir()
+        self.make_key("stranger")
+        self.start_node("stranger")
+
+    def await_end_of(self, name: str) -> str:
+        """Waits until a program has ended by itself, and returns its log."""
+        process = self._processes.pop(name)
+        waited(lambda: not _alive(process), f"end of {name}", START_SECONDS, self.folder)
+        return self.log(name)
 
     def restart_ended_nodes(self) -> None:
         """What a service manager does: a SuperNode ends when a SuperLink does not know it."""
-        for name in [name for name in self._processes if name.startswith("node-")]:
+        for name in [name for name in self._processes if name.startswith("node-device-")]:
             if not _alive(self._processes[name]):
                 del self._processes[name]
                 self.start_node(name.removeprefix("node-"))
@@ -127,8 +180,8 @@ class FlowerFleet:
         if not request.exists():
             options = ("--timings", timings) if timings else ()
             self.call(*PROGRAM, "flower", "request", self.toml, "--out", request, *options)
-        config = f'request="{request}" directory="{self.run_directory}"'
-        self.call(self.programs / "flwr", "run", ROOT / "examples" / "flower", "here", "--run-config", config)
+        where = ("--request", request, "--directory", self.run_directory)
+        self.call(*PROGRAM, "flower", "run", ROOT / "examples" / "flower", "here", *where)
 
     def call(self, *command: Any) -> None:
         done = subprocess.run(
@@ -155,6 +208,34 @@ class FlowerFleet:
         found: dict[str, Any] = json.loads(file.read_text())
         return found
 
+    def await_task(self, device_id: str, round_index: int, *, finished: bool, seconds: float = 300.0) -> None:
+        """Waits until a device has begun, or finished, its task of a round."""
+        journal = Journal(self.folder / device_id)
+
+        def there() -> bool:
+            task = journal.task()
+            begun = task is not None and task["round_index"] == round_index
+            return begun and (journal.result() is not None or not finished)
+
+        waited(there, f"task of round {round_index} on {device_id}", seconds, self.folder)
+
+    def freeze(self, device_id: str) -> None:
+        """Stops a device's worker where it is, as a board that hangs; its agent still answers."""
+        self._worker(device_id).suspend()
+
+    def thaw(self, device_id: str) -> None:
+        self._worker(device_id).resume()
+
+    def _worker(self, device_id: str) -> psutil.Process:
+        children = self._processes[f"agent-{device_id}"].children()
+        (worker,) = [child for child in children if "fedspine_edge.agent.worker" in child.cmdline()]
+        return worker
+
+    def environments(self, name: str) -> list[dict[str, str]]:
+        """The environments of a process and of all it started."""
+        root = self._processes[name]
+        return [process.environ() for process in [root, *root.children(recursive=True)]]
+
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
 
@@ -175,14 +256,25 @@ class FlowerFleet:
         psutil.wait_procs(family, timeout=START_SECONDS)
 
     def stop(self) -> None:
+        agents = [process for name, process in self._processes.items() if name.startswith("agent-")]
+        for process in agents:
+            for worker in process.children() if _alive(process) else ():
+                _end(worker, signal.SIGCONT)  # a frozen one would not hear that its agent ends
+            _end(process, signal.SIGTERM)  # it ends its own worker
+        psutil.wait_procs(agents, timeout=10)
         for name in list(self._processes):
-            root = self._processes[name]
-            if name.startswith("agent-"):  # it ends its own worker
-                _end(root, signal.SIGTERM)
-                psutil.wait_procs([root], timeout=10)
             self.kill(name)
+        orphans = [process for process in psutil.process_iter() if self._is_ours(process)]
+        for process in orphans:  # a SuperNode that ended leaves its SuperExec behind
+            _end(process, signal.SIGKILL)
         for process in self._started:
             process.wait(START_SECONDS)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        try:
+            return process.environ().get("FLWR_HOME") == self._environment["FLWR_HOME"]
+        except psutil.Error:
+            return False
 
 
 def _alive(process: psutil.Process) -> bool:

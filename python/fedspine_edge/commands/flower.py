@@ -1,22 +1,31 @@
 """`fedspine flower`: what a fleet on Flower needs beside Flower's own programs.
 
-Comes in: a run's TOML file, or a device's model and data. Goes out: the request that the ServerApp reads, or an agent
-that serves this device's ClientApp until it is stopped.
+Comes in: a run's TOML file, a device's model and data, or options of Flower's programs. Goes out: the request that the
+ServerApp reads, an agent that serves this device's ClientApp until it is stopped, or Flower's program in the place of
+this one, told to keep what it does to itself.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from fedspine_edge.agent.local import LocalAgent
+from fedspine_edge.agent.local import SOCKET_FILE, LocalAgent
 from fedspine_edge.agent.settings import AgentSettings
 from fedspine_edge.agent.tasks import NAME
 from fedspine_edge.atomic import write_bytes
 from fedspine_edge.errors import UsageError
+
+# By default Flower tells its makers of each start of each of its programs, and asks them for news. What it starts
+# inherits this; who wants either sets the variable otherwise.
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
 def write_request(config: str, out: Path, *, timings: Path | None) -> Path:
@@ -51,3 +60,21 @@ def serve_device(state: Path, device_id: str, settings: AgentSettings, socket_pa
     with LocalAgent(state, device_id, settings, socket_path) as agent:
         logging.getLogger(__name__).info("device=%s listens socket=%s", device_id, agent.path)
         agent.serve()
+
+
+def socket_of(state: Path) -> Path:
+    """Returns where the agent of a directory listens unless it was told otherwise."""
+    return state / SOCKET_FILE
+
+
+def become(program: str, arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process by one of Flower's programs: the one installed beside us, or the first on the path.
+
+    Raises:
+        UsageError: It is not installed.
+    """
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    path = shutil.which(program, path=places)
+    if path is None:
+        raise UsageError(f"expected Flower's {program}, found none", hint="pip install 'fedspine-edge[flower]'")
+    os.execve(path, [program, *arguments], {**QUIET, **os.environ})
