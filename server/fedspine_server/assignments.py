@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +37,38 @@ def candidates(state: RunState, device: DeviceState) -> dict[str, np.ndarray]:
     return {group.name: np.arange(group.num_members, dtype=np.int32) for group in state.layout.groups}
 
 
-def build_assignment(state: RunState, choice: Choice) -> Assignment:
-    """Returns what the server asks of one device in the round under way."""
+class RoundArrays:
+    """The arrays of a round's assignments: devices asked for the same rank and candidates share them.
+
+    Only the last few combinations are held, so that a round in which each device has its own costs no memory here.
+
+    Args:
+        state: The state of the round.
+    """
+
+    def __init__(self, state: RunState) -> None:
+        self._state = state
+        self._made: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+
+    def of(self, members: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+        """Returns the arrays for a device's candidates and rank."""
+        key = (rank, *(members[group.name].tobytes() for group in self._state.layout.groups))
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) > len(self._state.settings.ranks):
+                del self._made[next(iter(self._made))]
+            found = self._made[key] = _tensors(self._state, members, rank)
+        return dict(found)
+
+
+def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None = None) -> Assignment:
+    """Returns what the server asks of one device in the round under way.
+
+    Args:
+        state: The state of the round.
+        choice: What the controller chose.
+        arrays: Shared by the assignments of a round; None makes them for this one.
+    """
     settings, round_index = state.settings, state.round_index
     members = candidates(state, state.devices[choice.device_id])
     # Nothing more is learned of members whose fate is settled; a device measures nothing at agreement 1.
@@ -58,7 +89,7 @@ def build_assignment(state: RunState, choice: Choice) -> Assignment:
         mask_agreement=1.0 if settled else min(settings.mask_agreement, MOST_AGREEMENT_WHILE_MEASURING),
         mask_mode=settings.mask_mode,
         revive=may_revive(settings, round_index),
-        tensors=_tensors(state, members, choice.rank),
+        tensors=(arrays or RoundArrays(state)).of(members, choice.rank),
         importance=settings.importance,
         budget_seconds=choice.budget_seconds,
         min_steps=choice.min_steps,

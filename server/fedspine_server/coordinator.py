@@ -20,7 +20,7 @@ from fedspine_edge.protocol import Assignment, Layout
 from fedspine_server.aggregation import Factors
 from fedspine_server.aggregation.low_rank import random_rows
 from fedspine_server.arms import allowed_arms, cost_law, may_revive, schedule_ratio
-from fedspine_server.assignments import build_assignment, kept_members
+from fedspine_server.assignments import RoundArrays, build_assignment, kept_members
 from fedspine_server.controllers import CONTROLLERS, Context, DeviceFacts
 from fedspine_server.lateness import LateResult, judge_late
 from fedspine_server.merging import merge
@@ -149,7 +149,10 @@ def assign(state: RunState) -> tuple[tuple[Assignment, ...], RunState]:
         choices, controller_state = CONTROLLERS[settings.controller].propose(state.controller_state, context)
         opened = {choice.device_id: choice for choice in choices}
         state = dataclasses.replace(state, open_choices=opened, controller_state=controller_state)
-    return tuple(build_assignment(state, state.open_choices[name]) for name in sorted(state.open_choices)), state
+    arrays = RoundArrays(state)
+    return tuple(
+        build_assignment(state, state.open_choices[name], arrays) for name in sorted(state.open_choices)
+    ), state
 
 
 def close_round(
@@ -165,9 +168,10 @@ def close_round(
         round_seconds: Length of the round.
         late: Answers to earlier rounds that came since the last closing, each given once.
     """
+    arrays = RoundArrays(state)
     by_device = {result.device_id: result for result in results}
     verdicts = [
-        judge(state, by_device.get(device_id) or DeviceResult(device_id, "dropped", detail="no answer"))
+        judge(state, by_device.get(device_id) or DeviceResult(device_id, "dropped", detail="no answer"), arrays)
         for device_id in sorted(state.open_choices)
     ]
     fresh = [v.update for v in verdicts if v.update is not None]

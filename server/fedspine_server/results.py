@@ -17,7 +17,7 @@ from fedspine_edge.protocol import Assignment, Update, tensors_nbytes
 from fedspine_edge.quantized import as_float16
 from fedspine_server.admission import refusal
 from fedspine_server.arms import schedule_ratio
-from fedspine_server.assignments import build_assignment, change_norm
+from fedspine_server.assignments import RoundArrays, build_assignment, change_norm
 from fedspine_server.controllers import Choice
 from fedspine_server.reward import Outcome, rewards
 from fedspine_server.state import RunState
@@ -75,10 +75,10 @@ class Verdict:
     update: Update | None
 
 
-def judge(state: RunState, result: DeviceResult) -> Verdict:
+def judge(state: RunState, result: DeviceResult, arrays: RoundArrays) -> Verdict:
     """Returns the verdict on one result; a rejected update teaches nothing but that it was rejected."""
     choice, device = state.open_choices[result.device_id], state.devices[result.device_id]
-    assignment = build_assignment(state, choice)
+    assignment = build_assignment(state, choice, arrays)
     update, refused = readable(state, result.update, assignment)
     fate, detail = str(result.arrival), result.detail
     if fate == "arrived":

@@ -1,8 +1,8 @@
 """The same run by four carriers in one sitting: one adapter, and what a round costs with each of them.
 
 `make test-engines` prints the table, `make bench` writes it too (FEDSPINE_CARRIERS_JSON). Seconds a round are those
-between two closings, the work of three devices on a tiny model included: it is the same everywhere, so the difference to
-the rounds in process is what the carrier adds.
+between two closings, the work of three devices on a tiny model included: it is the same everywhere, so the difference
+to the rounds in process is what the carrier adds.
 """
 
 import dataclasses
