@@ -10,7 +10,8 @@
 #   make test-engines             the same rounds in process, over HTTPS, over Flower and on Ray: one adapter, four costs
 #   make test-page                the fleet page in a browser with a fleet of real agents; as root it installs what it needs
 #   make image                    an image of the agent for any UEFI AArch64 machine, into dist/images; VARIANT=full with the worker
-#   make test-images              the same started in an emulated machine: enrols, runs a pruned model, powers off
+#   make test-images              the same started in an emulated machine: enrols, runs a pruned model, updates itself, powers off
+#   make test-images-nightly      dead slots, power cuts, a second build to compare, a round in the full image: hours
 #   make reproduce-nightly        every method once on one task: up to 25 minutes
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
@@ -35,7 +36,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines test-page test-page-nightly test-images reproduce-nightly lint image bench clean
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines test-page test-page-nightly test-images test-images-nightly reproduce-nightly lint image bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -90,6 +91,10 @@ image: $(VENV)/.installed $(VENV)/.dev
 
 test-images: image
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m images tests/images
+
+test-images-nightly: image
+	$(BIN)/fedspine image build --variant full
+	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m images_nightly tests/images
 
 # Every method once on one task, fewer rounds: up to 25 minutes. The whole grid: fedspine reproduce --full, hours.
 reproduce-nightly: $(VENV)/.installed

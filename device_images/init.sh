@@ -8,8 +8,33 @@ mount -t devtmpfs dev /dev
 
 die() {
   echo "fedspine: $1; starting again in 5 seconds" >/dev/kmsg
+  distrust
   sleep 5
   reboot -f
+}
+
+# The boot loader counts only what was not good yet. A good slot that dies is put on trial again, if there is another one.
+distrust() {
+  [ -n "$slot" ] || return
+  find_partition esp
+  [ -n "$device" ] && mount -t vfat "$device" /efi || return
+  entries=/efi/loader/entries
+  case $slot in a) other=b ;; *) other=a ;; esac
+  for entry in "$entries/slot-$other".conf "$entries/slot-$other"+*.conf; do
+    if [ -e "$entry" ] && [ -e "$entries/slot-$slot.conf" ]; then
+      mv "$entries/slot-$slot.conf" "$entries/slot-$slot+2-1.conf"
+    fi
+  done
+  umount /efi
+}
+
+find_partition() {
+  device=
+  for event in /sys/class/block/*/uevent; do
+    if grep -qx "PARTNAME=$1" "$event"; then
+      device=/dev/$(sed -n s/^DEVNAME=//p "$event")
+    fi
+  done
 }
 
 while read -r module; do
@@ -22,13 +47,8 @@ for word in $(cat /proc/cmdline); do
 done
 [ -n "$slot" ] || die "the kernel's line names no slot"
 
-device=
 for wait in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-  for event in /sys/class/block/*/uevent; do
-    if grep -qx "PARTNAME=root_$slot" "$event"; then
-      device=/dev/$(sed -n s/^DEVNAME=//p "$event")
-    fi
-  done
+  find_partition "root_$slot"
   [ -z "$device" ] || break
   sleep 1
 done

@@ -51,6 +51,7 @@ def image_provision(
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Base model that goes along: directory or GGUF file.")] = None,
     data: Annotated[Path | None, typer.Option(help="The device's examples, which go along: .jsonl or .csv.")] = None,
+    updates: Annotated[str | None, typer.Option(help="Where newer releases lie: http://HOST/FOLDER.")] = None,
     check_rounds: Annotated[int, typer.Option(help="Tasks that a try-out waits for.", min=0)] = 0,
     check_model: Annotated[Path | None, typer.Option(help="GGUF file that a try-out profiles.")] = None,
 ) -> None:
@@ -59,7 +60,7 @@ def image_provision(
 
     if wifi is not None and passphrase is None:
         passphrase = typer.prompt("Wi-Fi passphrase", hide_input=True, default="", show_default=False)
-    told = Belonging(server, token, ca, name, wifi, passphrase or "", model, data, check_rounds, check_model)
+    told = Belonging(server, token, ca, name, wifi, passphrase or "", model, data, updates, check_rounds, check_model)
     provision(image, told)
     typer.echo(f"{image} belongs to {server}; its device enrols when it starts")
 
@@ -80,6 +81,21 @@ def image_verify(
     ]
     trust = "" if found["found"]["trusted_key"] else "; who made it is not proved without --key"
     typer.echo(json_module.dumps(found, indent=2) if json else f"{image}: {state}{trust}")
+
+
+@image.command("update")
+def image_update(
+    image: Image,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder; put it on any web server.")],
+    key: Annotated[Path | None, typer.Option(help="Private key the running images were built with.")] = None,
+    release: Annotated[int | None, typer.Option(help="Its number; the time of its sources when not given.")] = None,
+) -> None:
+    """Make a signed update of an image, for boards that ask for one."""
+    from fedspine_edge.commands import image as command
+
+    found = command.make_update(image, out, key=key, release=release)
+    typer.echo(f"release {found['release']} for {found['board']}, {found['variant']} in {out}")
 
 
 @image.command("flash")

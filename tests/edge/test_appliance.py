@@ -26,7 +26,7 @@ def board(tmp_path):
     for device in devices.values():
         device.write_bytes(bytes(8192))
     devices["a"].write_bytes(ROOT)
-    return slots.Board("a", efi, devices)
+    return slots.Board("a", efi, devices, refused_file=tmp_path / "state" / "refused")
 
 
 def names(board):
@@ -64,8 +64,9 @@ def test_a_power_cut_at_any_write_leaves_the_running_slot_and_no_half_written_on
 
     monkeypatch.setattr(slots.os, "fsync", fsync)
     source = board.efi / "slot-a"
+    parts = [slots.file_source(path) for path in (source / "linux", source / "initrd")]
     with contextlib.suppress(KeyboardInterrupt):
-        slots.fill(board, board.devices["a"], source / "linux", source / "initrd", version=2)
+        slots.fill(board, slots.Content(slots.file_source(board.devices["a"], len(ROOT)), *parts, 2))
     assert "slot-a.conf" in names(board)
     bootable = [name for name in names(board) if name.startswith("slot-b") and name.endswith(".conf")]
     if bootable == ["slot-b+3.conf"]:
@@ -74,6 +75,44 @@ def test_a_power_cut_at_any_write_leaves_the_running_slot_and_no_half_written_on
         assert (board.efi / "slot-b/initrd").read_bytes() == b"initrd"
     else:
         assert bootable == []
+
+
+def test_a_slot_whose_tries_are_used_up_is_filled_anew_and_a_newer_release_in_it_is_remembered(board):
+    (board.efi / "loader/entries/slot-b+0-3.conf").write_text("version 7\n")
+    slots.keep_spare(board)
+    assert names(board) == ["slot-a.conf", "slot-b+3.conf"]
+    assert slots.refused(board) == {7}
+    (board.efi / "loader/entries/slot-b+3.conf").rename(board.efi / "loader/entries/slot-b+0-3.conf")
+    slots.keep_spare(board)
+    assert names(board) == ["slot-a.conf", "slot-b+3.conf"]
+    assert slots.refused(board) == {7}
+
+
+def test_a_good_slot_is_put_on_trial_again_only_where_there_is_another(board):
+    slots.distrust(board)
+    assert names(board) == ["slot-a.conf"]
+    slots.keep_spare(board)
+    slots.distrust(board)
+    assert names(board) == ["slot-a+2-1.conf", "slot-b+3.conf"]
+    slots.distrust(board)
+    assert names(board) == ["slot-a+2-1.conf", "slot-b+3.conf"]
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "found"),
+    [
+        ("slot-a+2-1.conf", "slot-b.conf", True),
+        ("slot-a.conf", "slot-b.conf", False),
+        ("slot-a+2-1.conf", "slot-b+3.conf", False),
+        ("slot-a+2-1.conf", None, False),
+    ],
+)
+def test_a_slot_is_on_trial_while_the_other_one_is_good(board, own, other, found):
+    entries = board.efi / "loader/entries"
+    (entries / "slot-a.conf").rename(entries / own)
+    if other is not None:
+        (entries / other).write_text("version 0\n")
+    assert slots.on_trial(board) is found
 
 
 def test_a_partition_that_reads_back_otherwise_gets_no_boot_entry(board, monkeypatch):

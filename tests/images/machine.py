@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fedspine_edge.images import disk
 
 FIRMWARE = Path("/usr/share/AAVMF/AAVMF_CODE.fd")
 VARIABLES = Path("/usr/share/AAVMF/AAVMF_VARS.fd")
-SERVER_ADDRESS, SERVER_PORT = "10.0.2.100", 8443
+SERVER_ADDRESS, SERVER_PORT, UPDATES_PORT = "10.0.2.100", 8443, 8080
 FORWARD = Path(__file__).with_name("forward.py")
 
 
@@ -24,26 +26,51 @@ class Machine:
         folder: Where its disk, its firmware's variables and its console are kept.
         image: The image; copied.
         port: The port of this machine that it reaches.
+        updates_port: Another one, of a web server with updates.
         memory_mib: Its memory.
     """
 
-    def __init__(self, folder: Path, image: Path, port: int, *, memory_mib: int = 1024) -> None:
+    def __init__(self, folder: Path, image: Path, port: int, *, updates_port: int = 0, memory_mib: int = 1024) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.disk, self.variables, self.console = folder / "disk.img", folder / "variables.fd", folder / "console.log"
         subprocess.run(["cp", "--sparse=always", image, self.disk], check=True)
         with self.disk.open("r+b") as file:
             file.truncate(image.stat().st_size + (256 << 20))  # a disk is larger than its image
         shutil.copy(VARIABLES, self.variables)
-        self._port, self._memory = port, memory_mib
+        self._ports = {SERVER_PORT: port} | ({UPDATES_PORT: updates_port} if updates_port else {})
+        self._memory = memory_mib
         self._process: subprocess.Popen[bytes] | None = None
 
-    def try_out_at_start(self, slot: str = "a") -> None:
-        """Has the next starts try the board out, tell the console and power off."""
-        entry = next(name for name in self.boot_entries() if name.startswith(f"slot-{slot}"))
-        text = self._tool(["mtype"], f"::loader/entries/{entry}").decode().rstrip("\n")
+    def try_out_at_start(self, *, update: bool = False) -> None:
+        """Has the next starts try the board out, tell the console and power off; or update it first."""
+        units = ["fedspine-check.service", *(["fedspine-update.service"] if update else [])]
+        self.add_to_line([*(f"systemd.wants={unit}" for unit in units), "console=ttyAMA0"])
+
+    def add_to_line(self, words: list[str]) -> None:
+        """Adds words to the kernel's line of every slot."""
         file = self.disk.with_name("entry")
-        file.write_text(f"{text} systemd.wants=fedspine-check.service console=ttyAMA0\n")
-        self._tool(["mcopy", "-o"], file, f"::loader/entries/{entry}")
+        for entry in self.boot_entries():
+            file.write_text(f"{self.entry(entry).rstrip()} {' '.join(words)}\n")
+            self._tool(["mcopy", "-o"], file, f"::loader/entries/{entry}")
+
+    def entry(self, name: str) -> str:
+        """Returns the text of a boot entry."""
+        return self._tool(["mtype"], f"::loader/entries/{name}").decode()
+
+    def file(self, name: str) -> bytes:
+        """Returns a file of the boot partition."""
+        return self._tool(["mtype"], f"::{name}")
+
+    def wipe(self, name: str) -> None:
+        """Writes zeros over the beginning of a partition."""
+        with self.disk.open("r+b") as file:
+            file.seek(disk.partition(self.disk, name).start)
+            file.write(bytes(1 << 20))
+
+    def kept(self, path: str) -> bytes:
+        """Returns a file of the data partition."""
+        where = f"{self.disk}?offset={disk.partition(self.disk, 'data').start}"
+        return subprocess.run(["debugfs", "-R", f"cat {path}", where], capture_output=True, check=True).stdout
 
     def boot_entries(self) -> list[str]:
         """Returns the names of the boot entries."""
@@ -56,8 +83,10 @@ class Machine:
 
     def start(self) -> None:
         """Switches it on."""
-        forward = f"cmd:{sys.executable} {FORWARD} {self._port}"
-        network = f"user,id=n,restrict=on,guestfwd=tcp:{SERVER_ADDRESS}:{SERVER_PORT}-{forward}"
+        network = "user,id=n,restrict=on" + "".join(
+            f",guestfwd=tcp:{SERVER_ADDRESS}:{inside}-cmd:{sys.executable} {FORWARD} {outside}"
+            for inside, outside in self._ports.items()
+        )
         with self.console.open("ab") as console:
             self._process = subprocess.Popen(
                 ["qemu-system-aarch64", "-M", "virt", "-cpu", "cortex-a57", "-smp", "2", "-m", str(self._memory),
@@ -79,19 +108,27 @@ class Machine:
             raise AssertionError(f"still on after {seconds:.0f} s: {self.said()[-3000:]}") from None
         assert code == 0, self.said()[-3000:]
 
-    def cut_power(self) -> None:
-        """Ends it as a power cut does."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
+    def report(self) -> dict[str, Any]:
+        """Returns what the last try-out found."""
+        _, found, rest = self.said().rpartition("FEDSPINE-CHECK ")
+        assert found, self.said()[-3000:]
+        return dict(json.loads(rest.splitlines()[0]))
+
+    def cut_power(self) -> bool:
+        """Ends it as a power cut does; says whether it was still on."""
+        if self._process is None or self._process.poll() is not None:
+            return False
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        return True
 
     def said(self) -> str:
         """Returns what its console showed so far."""
         return self.console.read_text(errors="replace") if self.console.exists() else ""
 
-    def wait_for(self, words: str, seconds: float) -> None:
-        """Waits until its console shows some words."""
+    def wait_for(self, words: str, seconds: float, *, times: int = 1) -> None:
+        """Waits until its console has shown some words so often."""
         limit = time.monotonic() + seconds
-        while words not in self.said():
+        while self.said().count(words) < times:
             assert time.monotonic() < limit, self.said()[-3000:]
             time.sleep(0.5)

@@ -1,8 +1,6 @@
 """The `agent` image: started in an emulated machine against the real server on this one. `make test-images`."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,45 +8,14 @@ from pathlib import Path
 
 import pytest
 from export_models import PER_LAYER, save_decoder
-from machine import SERVER_ADDRESS, SERVER_PORT, Machine
 
-from fedspine_edge.agent.identity import split_token
-from fedspine_edge.agent.link import UnreachableError, fetch_ca
-from fedspine_edge.commands import serve
-from fedspine_edge.commands.operate import OPERATOR_FILE, Operator
-from fedspine_edge.images.provision import Belonging, provision
+from fedspine_edge.commands.image import default_key
+from fedspine_edge.images import update
 
 pytestmark = pytest.mark.images
 
-FOLDER = Path(os.environ.get("FEDSPINE_IMAGE_FOLDER", "dist/images/generic-arm64-agent"))
 MB = 1_000_000
 BOOT_SECONDS = 420.0
-
-
-@pytest.fixture(scope="module")
-def image() -> Path:
-    return next(FOLDER.glob("*.img"))
-
-
-@pytest.fixture
-def server(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = serve.ServerSettings(f"https://127.0.0.1:{port}", "127.0.0.1", port)
-    told = serve.init(tmp_path / "server", settings, [SERVER_ADDRESS, "127.0.0.1"], claim_hours=1)
-    command = [sys.executable, "-m", "fedspine_edge.commands.serve", str(tmp_path / "server")]
-    with (tmp_path / "server.log").open("wb") as log, subprocess.Popen(command, stderr=log) as process:
-        limit = time.monotonic() + 60
-        while True:
-            try:
-                fetch_ca(settings.url, split_token(told["token"])[1])
-                break
-            except UnreachableError:
-                assert time.monotonic() < limit
-                time.sleep(0.2)
-        yield port, told["token"], Operator(tmp_path / "server" / OPERATOR_FILE)
-        process.terminate()
 
 
 @pytest.fixture
@@ -64,26 +31,28 @@ def gguf(tmp_path) -> Path:
     return next(out.glob("*.gguf"))
 
 
+def powered_off(board, seconds=BOOT_SECONDS):
+    """Starts a board, waits until it has switched itself off, and returns what its try-out found."""
+    start = time.monotonic()
+    board.start()
+    board.wait_for_power_off(seconds)
+    report = board.report()
+    sys.stdout.write(f"\n{time.monotonic() - start:.0f} s\n{json.dumps(report, indent=1)[:1200]}\n")
+    assert report["failed_units"] == []
+    return report
+
+
 def test_the_packed_image_is_small(image):
     assert Path(f"{image}.zst").stat().st_size <= 120 * MB
 
 
-def test_a_started_image_enrols_is_heard_runs_a_pruned_model_and_powers_off(tmp_path, image, server, gguf):
-    port, token, operator = server
-    board = Machine(tmp_path / "board", image, port)
-    told = Belonging(f"https://{SERVER_ADDRESS}:{SERVER_PORT}", token, name="board-1", check_model=gguf)
-    provision(board.disk, told)
+def test_a_started_image_enrols_runs_a_pruned_model_updates_itself_and_powers_off(world, image, gguf):
+    board = world.board(check_model=gguf)
     board.try_out_at_start()
-    start = time.monotonic()
-    board.start()
-    board.wait_for_power_off(BOOT_SECONDS)
-    seconds = time.monotonic() - start
-    report = json.loads(board.said().rpartition("FEDSPINE-CHECK ")[2].splitlines()[0])
-    sys.stdout.write(f"\n{seconds:.0f} s\n{json.dumps(report, indent=1)[:3000]}\n")
-    device = operator.get("devices/board-1")
+    report = powered_off(board)
+    device = world.operator.get("devices/board-1")
     assert device["status"] == "pending"
     assert device["facts"]["machine"] == "aarch64"
-    assert report["failed_units"] == []
     assert report["slot"] == "a"
     assert report["agent_rss_mib"] <= 60
     assert set(report["imports"].values()) == {"ok"}
@@ -91,4 +60,14 @@ def test_a_started_image_enrols_is_heard_runs_a_pruned_model_and_powers_off(tmp_
     assert isinstance(report["profile"], list | dict), report["profile"]
     # Blessed, and the other slot filled with a lower version and tries of its own.
     assert board.boot_entries() == ["slot-a.conf", "slot-b+3.conf"]
-    assert "powering off" in board.said().lower() or "power down" in board.said().lower()
+    assert "power down" in board.said().lower()
+    identity = board.kept("fedspine/identity.json")
+    assert json.loads(identity)["device_id"] == "board-1"
+
+    offered = update.make(image, world.updates, default_key(), release=report["release"] + 100)
+    board.try_out_at_start(update=True)
+    report = powered_off(board)
+    assert (report["slot"], report["release"]) == ("b", offered["release"])
+    assert board.boot_entries() == ["slot-a.conf", "slot-b.conf"]
+    assert board.kept("fedspine/identity.json") == identity
+    assert [device["device_id"] for device in world.operator.get("devices")] == ["board-1"]

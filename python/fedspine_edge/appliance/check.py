@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedspine_edge.appliance.slots import this_board
+from fedspine_edge.appliance.slots import refused, running_version, this_board
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,6 +49,8 @@ def try_out(config: Path, heard: Path) -> None:
         "slot": board.running,
         "entry": entry.name if entry else None,
         "spare": entry.name if (entry := board.entry(board.spare)) else None,
+        "release": running_version(board),
+        "refused_releases": sorted(refused(board)),
         "tasks_done": _tasks_done(),
         "agent_rss_mib": _agent_rss_mib(),
         "imports": imports(),

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedspine_edge.errors import ImageError
 from fedspine_edge.images import build as builder
-from fedspine_edge.images import l4t
+from fedspine_edge.images import l4t, update
 from fedspine_edge.images.board import source_tree
 
 MIB = 1 << 20
@@ -23,6 +23,16 @@ def cache_folder() -> Path:
     """Returns where packages and wheels are kept between builds."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "fedspine-edge" / "images"
+
+
+def default_key() -> Path:
+    """Returns the private key that signs images and updates unless another one is named."""
+    return cache_folder() / "signing-key.private.pem"
+
+
+def make_update(image: Path, out: Path, *, key: Path | None, release: int | None) -> dict[str, Any]:
+    """Makes a signed update of an image; returns what it says."""
+    return update.make(image, out, key or default_key(), release=release)
 
 
 def build(
@@ -35,7 +45,7 @@ def build(
         variant,
         out or Path("dist") / "images" / f"{board}-{variant}",
         cache,
-        key or cache / "signing-key.private.pem",
+        key or default_key(),
         builder.source_epoch(source_tree()),
     )
     return {**builder.build(order, tell=tell), "folder": str(order.out)}

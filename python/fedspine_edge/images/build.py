@@ -27,7 +27,6 @@ TOOLS = (
 )  # fmt: skip
 LOADER = "usr/lib/systemd/boot/efi/systemd-bootaa64.efi"
 LOADER_SETTINGS = "timeout 0\nconsole-mode keep\neditor no\n"
-FIRST_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,7 @@ def build(order: Order, *, tell: Callable[[str], None]) -> dict[str, Any]:
     if order.variant not in VARIANTS:
         raise ImageError(f"expected a variant among {', '.join(VARIANTS)}, found {order.variant!r}")
     require(TOOLS)
+    os.umask(0o022)  # modes in the image must not depend on who builds it
     source = source_tree()
     board = load_board(order.board, source)
     for folder in (order.cache, order.out):
@@ -124,6 +124,7 @@ def _image(order: Order, board: Board, parts: Parts, work: Path, *, tell: Callab
     script = (parts.source / "device_images" / "init.sh").read_bytes()
     kernel, initrd = root_tree.add_kernel(root, boot, board, script)
     site = root_tree.add_python(root, parts.packages, parts.own)
+    root_tree.add_facts(root, {"board": board.name, "variant": order.variant}, manifest.public_key(order.key))
     root_tree.compile_python(root)
     bill = manifest.bill_of_materials(order.name, _version(), parts.all_debs(), site)
     root_tree.set_times(root, order.epoch)
@@ -149,7 +150,7 @@ def _image(order: Order, board: Board, parts: Parts, work: Path, *, tell: Callab
 
 def _disk(order: Order, board: Board, work: Path, *, loader: Path, image: Path) -> None:
     _write(work / "loader.conf", LOADER_SETTINGS.encode())
-    _write(work / "entry.conf", disk.boot_entry("a", FIRST_VERSION, board.command_line).encode())
+    _write(work / "entry.conf", disk.boot_entry("a", order.epoch, board.command_line).encode())
     files = {
         "EFI/BOOT/BOOTAA64.EFI": loader,
         "EFI/systemd/systemd-bootaa64.efi": loader,

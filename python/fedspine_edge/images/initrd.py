@@ -15,8 +15,8 @@ from pathlib import Path
 from fedspine_edge.errors import ImageError
 
 DIRECTORY, FILE, LINK = 0o040755, 0o100000, 0o120777
-FOLDERS = ("bin", "cow", "dev", "etc", "lib", "lib/modules", "proc", "root", "slot", "sys")
-APPLETS = ("cat", "grep", "insmod", "mkdir", "mount", "reboot", "sed", "sh", "sleep", "switch_root")
+FOLDERS = ("bin", "cow", "dev", "efi", "etc", "lib", "lib/modules", "proc", "root", "slot", "sys")
+APPLETS = ("cat", "grep", "insmod", "mkdir", "mount", "mv", "reboot", "sed", "sh", "sleep", "switch_root", "umount")
 """What `device_images/init.sh` calls."""
 
 

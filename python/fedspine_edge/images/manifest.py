@@ -75,9 +75,27 @@ def seal(folder: Path, names: Sequence[str], key_file: Path) -> None:
     sums = "".join(f"{file_sha256(folder / name)}  {name}\n" for name in sorted(names)).encode()
     write_bytes(folder / SUMS, sums)
     write_bytes(folder / SIGNATURE, key.sign(sums))
-    public = key.public_key()
-    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    write_bytes(folder / PUBLIC_KEY, pem)
+    write_bytes(folder / PUBLIC_KEY, _public(key))
+
+
+def sign(content: bytes, key_file: Path) -> bytes:
+    """Returns a key's signature of some bytes.
+
+    Raises:
+        ImageError: There is no such key.
+    """
+    if not key_file.exists():
+        raise ImageError(f"expected a private key in {key_file}, found none", hint="the one the image was built with")
+    return _key(key_file).sign(content)
+
+
+def public_key(key_file: Path) -> bytes:
+    """Returns the public half of a key as PEM; the key is made where there is none."""
+    return _public(_key(key_file))
+
+
+def _public(key: Ed25519PrivateKey) -> bytes:
+    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
 def _key(file: Path) -> Ed25519PrivateKey:

@@ -39,6 +39,7 @@ class Belonging:
         passphrase: Wi-Fi's secret; empty for an open network.
         model: A directory or file that is copied along; None for a device that is only seen.
         data: The device's examples, copied along.
+        updates: A folder on a web server where newer releases lie; None for a device that is never updated.
         check_rounds: Tasks that the try-out waits for.
         check_model: A GGUF file that the try-out profiles.
     """
@@ -51,6 +52,7 @@ class Belonging:
     passphrase: str = field(default="", repr=False)
     model: Path | None = None
     data: Path | None = None
+    updates: str | None = None
     check_rounds: int = 0
     check_model: Path | None = None
 
@@ -99,6 +101,10 @@ def config_text(belonging: Belonging) -> str:
     tables = {"server": {"url": belonging.server.rstrip("/"), "ca": pin, "token": claim}, "device": device}
     if belonging.ssid is not None:
         tables["wifi"] = _wifi(belonging.ssid, belonging.passphrase)
+    if belonging.updates is not None:
+        if not re.fullmatch(r"https?://[^\s\"\\]+", belonging.updates):
+            raise UsageError(f"expected http:// or https://, found {belonging.updates!r}", hint="--updates URL")
+        tables["update"] = {"url": belonging.updates}
     if belonging.check_rounds:
         tables["check"] = {"rounds": belonging.check_rounds}
     head = "# Read at every start. Once the device is enrolled, the token is worth nothing.\n"

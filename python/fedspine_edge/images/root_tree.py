@@ -5,12 +5,14 @@ Comes in: Debian packages, Python packages, `device_images/overlay`. Goes out: a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedspine_edge.appliance.updates import IMAGE_FILE, KEY_FILE
 from fedspine_edge.images.board import Board
 from fedspine_edge.images.debian import Deb, prune, unpack
 from fedspine_edge.images.host_tools import run
@@ -42,8 +44,10 @@ def base_tree(root: Path, board: Board, debs: Sequence[Deb], source: Path) -> No
     root.mkdir(parents=True)
     unpack([deb.path for deb in debs if deb.name not in board.left_out], root)
     prune(root, board.left_out_paths)
-    shutil.copytree(source / "device_images" / "overlay", root, symlinks=True, dirs_exist_ok=True)
-    shutil.copy(source / "systemd" / "fedspine-agent.service", root / UNITS)
+    overlay = source / "device_images" / "overlay"
+    for path in sorted(overlay.rglob("*")):
+        _lay_over(path, root / path.relative_to(overlay))
+    _lay_over(source / "systemd" / "fedspine-agent.service", root / UNITS / "fedspine-agent.service")
     for target, units in board.wants.items():
         wants = root / UNITS / f"{target}.wants"
         wants.mkdir(parents=True, exist_ok=True)
@@ -57,6 +61,15 @@ def base_tree(root: Path, board: Board, debs: Sequence[Deb], source: Path) -> No
     (root / "etc/ssl/certs").mkdir(parents=True, exist_ok=True)
     (root / "etc/ssl/certs/ca-certificates.crt").write_bytes(b"".join(path.read_bytes() for path in certificates))
     _finish_etc(root)
+
+
+def _lay_over(path: Path, target: Path) -> None:
+    """Copies a file or makes a directory, with modes that do not depend on the checkout's."""
+    if path.is_dir():
+        target.mkdir(exist_ok=True)
+    else:
+        shutil.copyfile(path, target)
+    target.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
 
 
 def _finish_etc(root: Path) -> None:
@@ -107,6 +120,14 @@ def add_python(root: Path, packages: Path, wheels: Sequence[Path]) -> Path:
     program.write_text(f"#!/{RUNTIME}/bin/python\nfrom fedspine_edge.cli import main\n\nmain()\n")
     program.chmod(0o755)
     return site
+
+
+def add_facts(root: Path, facts: dict[str, str], key: bytes) -> None:
+    """Tells the image what it is, and the key that must have signed what it takes for an update."""
+    folder = root / "usr/lib/fedspine"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / IMAGE_FILE).write_text(json.dumps(facts, sort_keys=True) + "\n")
+    (folder / KEY_FILE).write_bytes(key)
 
 
 def compile_python(root: Path) -> None:

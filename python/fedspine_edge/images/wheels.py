@@ -23,8 +23,11 @@ PYTHON = "3.11"
 EXTENSION = ".cpython-311-aarch64-linux-gnu.so"
 FLAGS = "-march=armv8-a -mtune=cortex-a57"
 OURS = ("CMakeLists.txt", "LICENSE", "README.md", "cmake", "csrc", "pyproject.toml", "python", "server")
+LLAMA_RECIPE = ("requirements/llama.txt", "cmake/toolchain-aarch64.cmake", "python/fedspine_edge/images/wheels.py")
 PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
 COMPLETE = ".complete"
+UNUSED = "set(LLAMA_BUILD_COMMON ON "
+"""What llama.cpp's programs share; a third of the compiling, and none of those programs is on a board."""
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 
@@ -56,7 +59,7 @@ def own_wheel(source: Path, include: Path, cache: Path, *, epoch: int) -> Path:
 
 def llama_wheel(source: Path, cache: Path, *, epoch: int) -> Path:
     """Returns llama-cpp-python for AArch64, compiled once a version: for ARMv8.0, so that every Jetson can run it."""
-    folder = cache / f"llama-{_digest(source, ('requirements/llama.txt', 'cmake/toolchain-aarch64.cmake'))}"
+    folder = cache / f"llama-{_digest(source, LLAMA_RECIPE)}"
     code = folder / "source"
     if not (folder / COMPLETE).exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,6 +68,7 @@ def llama_wheel(source: Path, cache: Path, *, epoch: int) -> Path:
         run([*download, "-d", folder, "-r", lock], variables=_tools(source, [], epoch))
         code.mkdir()
         run(["tar", "--extract", "--strip-components=1", "--file", next(folder.glob("*.tar.gz")), "--directory", code])
+        _leave_out(code / "CMakeLists.txt", UNUSED)
     flags = f"{FLAGS} -ffile-prefix-map={code}=."  # ggml's assertions name their files
     arguments = [
         "-DCMAKE_C_COMPILER=clang-19", "-DCMAKE_C_COMPILER_TARGET=aarch64-linux-gnu", f"-DCMAKE_C_FLAGS={flags}",
@@ -72,6 +76,14 @@ def llama_wheel(source: Path, cache: Path, *, epoch: int) -> Path:
         "-DLLAVA_BUILD=OFF",
     ]  # fmt: skip
     return _built(folder, code, _tools(source, arguments, epoch))
+
+
+def _leave_out(lists: Path, switched_on: str) -> None:
+    """Switches off what a CMake file insists on."""
+    text = lists.read_text()
+    if switched_on not in text:
+        raise ImageError(f"expected {switched_on!r} in {lists}, found none", hint="llama-cpp-python has changed")
+    lists.write_text(text.replace(switched_on, switched_on.replace(" ON ", " OFF ")))
 
 
 def _tools(source: Path, arguments: Sequence[str], epoch: int) -> dict[str, str]:

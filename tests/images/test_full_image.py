@@ -1,0 +1,83 @@
+"""The `full` image: real rounds on an emulated board against the real server here. `make test-images-nightly`."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import questions, save_tiny_model
+
+from fedspine_edge.commands.start_run import run_request
+
+pytestmark = pytest.mark.images_nightly
+
+ROUNDS = 2
+ROUND_SECONDS = 2400.0
+MEMORY_MIB = 3072
+DEVICE_MODULES = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "llama_cpp", "fedspine_edge._native"}
+TOML = """
+model = "{model}"
+data = "{data}"
+held_out = 6
+validation = 2
+dense_reference = false
+
+[run]
+rounds = {rounds}
+steps_per_round = 8
+prune_interval = 4
+batch_size = 4
+learning_rate = 1e-2
+ranks = [4]
+target_sparsity = 0.25
+
+[fleet]
+tx2 = 1
+
+[link]
+min_devices = 1
+present_seconds = 1200
+"""
+
+
+@pytest.fixture(scope="session")
+def image() -> Path:
+    folder = Path(os.environ.get("FEDSPINE_FULL_IMAGE_FOLDER", "dist/images/generic-arm64-full"))
+    return next(folder.glob("*.img"))
+
+
+def test_a_full_image_takes_part_in_rounds_that_change_the_servers_adapter_and_lower_the_loss(world, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in questions()))
+    model = save_tiny_model(tmp_path / "model", "bert")
+    config = tmp_path / "mine.toml"
+    config.write_text(TOML.format(model=model, data=data, rounds=ROUNDS))
+    board = world.board(memory_mib=MEMORY_MIB, model=model, data=data, check_rounds=ROUNDS)
+    board.try_out_at_start()
+    world.operator.post("runs", run_request(str(config), name="run", timings=None))
+    first = world.operator.get("runs/run")["adapter_sha256"]
+    start = time.monotonic()
+    board.start()
+    while not any(device["device_id"] == "board-1" for device in world.operator.get("devices")):
+        assert time.monotonic() < start + ROUND_SECONDS, board.said()[-3000:]
+        time.sleep(1)
+    world.operator.post("devices/board-1/accept")
+    sys.stdout.write(f"\nenrolled and accepted after {time.monotonic() - start:.0f} s\n")
+    board.wait_for_power_off(ROUND_SECONDS)
+    report = board.report()
+    sys.stdout.write(f"\n{time.monotonic() - start:.0f} s\n{json.dumps(report, indent=1)[:1500]}\n")
+    assert report["failed_units"] == []
+    assert report["tasks_done"] >= ROUNDS
+    assert report["agent_rss_mib"] <= 60
+    assert set(report["imports"].values()) == {"ok"}
+    assert set(report["imports"]) >= DEVICE_MODULES
+    run = world.operator.get("runs/run")
+    closed = [event["detail"] for event in run["events"] if event["kind"] == "round_closed"]
+    sys.stdout.write(f"{json.dumps(closed, indent=1)}\n")
+    assert run["status"] == "finished"
+    assert [detail["merged"] for detail in closed] == [["board-1"]] * ROUNDS
+    assert run["adapter_sha256"] != first
+    rounds = world.operator.get("runs/run/rounds")
+    assert rounds[-1]["loss_after"] < rounds[0]["loss_before"]
