@@ -19,6 +19,7 @@ from fedspine_edge.cli_link import commands as link_commands
 from fedspine_edge.cli_model import commands as model_commands
 from fedspine_edge.cli_page import commands as page_commands
 from fedspine_edge.cli_profile import commands as profile_commands
+from fedspine_edge.cli_rollout import commands as rollout_commands
 from fedspine_edge.errors import FedSpineError, InterruptedRunError, UsageError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(model_commands)
 app.add_typer(profile_commands)
 app.add_typer(link_commands)
+app.add_typer(rollout_commands)
 app.add_typer(flower_commands)
 app.add_typer(page_commands)
 app.add_typer(image_commands)

@@ -19,6 +19,7 @@ PARTS = {
     "index": "0",
     "device_id": "a",
     "run_id": "run-a",
+    "rollout_id": "1",
     "action": "stop",
 }
 OPEN = {("GET", "/v1/health"), ("POST", "/v1/enroll")}

@@ -36,17 +36,17 @@ class Journal:
 
     def task(self) -> dict[str, Any] | None:
         """Returns the task in hand, None when there is none."""
-        return _read(self._task)
+        return read_document(self._task)
 
     def begin(self, task: Mapping[str, Any], message: bytes | None = None) -> None:
         """Keeps a task before any work on it, and its message if that came with it."""
         if message is not None:
             write_bytes(self.inbox / task["blob"]["sha256"], message)
-        _write(self._task, task)
+        write_document(self._task, task)
 
     def result(self) -> dict[str, Any] | None:
         """Returns the manifest that is to be sent, None when there is none or its upload is damaged."""
-        manifest, task = _read(self._result), self.task()
+        manifest, task = read_document(self._result), self.task()
         if manifest is None or task is None or manifest["attempt"] != task["attempt"]:
             return None
         if manifest.get("sha256") is not None and _file_hash(self.update_path) != manifest["sha256"]:
@@ -56,7 +56,7 @@ class Journal:
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Keeps what is to be sent; the work is done."""
-        _write(self._result, manifest)
+        write_document(self._result, manifest)
 
     def clear(self) -> None:
         """Forgets the task and all that belongs to it."""
@@ -64,12 +64,14 @@ class Journal:
             path.unlink(missing_ok=True)
 
 
-def _write(path: Path, document: Mapping[str, Any]) -> None:
+def write_document(path: Path, document: Mapping[str, Any]) -> None:
+    """Keeps a document with its checksum, whole or not at all."""
     text = json.dumps(document, sort_keys=True)
     write_bytes(path, json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "document": text}).encode())
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_document(path: Path) -> dict[str, Any] | None:
+    """Returns a kept document, None when there is none or it is damaged."""
     try:
         outer = json.loads(path.read_bytes())
         text = outer["document"]

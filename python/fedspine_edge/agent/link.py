@@ -14,7 +14,7 @@ import json
 import os
 import ssl
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +108,16 @@ class Link:
         reply: dict[str, Any] = self._call("POST", "/v1/hello", {**versions, **inventory, "task": task})
         return reply
 
-    def task(self, wait_seconds: float) -> dict[str, Any] | None:
-        """Waits for a task; None when there is none for so long."""
-        reply: dict[str, Any] | None = self._call(
-            "GET", f"/v1/task?wait={wait_seconds:g}", None, wait_seconds + READ_SECONDS
-        )
+    def task(self, wait_seconds: float, done: str | None = None) -> dict[str, Any] | None:
+        """Waits for a task, or for another order of a rollout than the one done; None when there is neither."""
+        more = f"&rollout={done}" if done is not None else ""
+        path = f"/v1/task?wait={wait_seconds:g}{more}"
+        reply: dict[str, Any] | None = self._call("GET", path, None, wait_seconds + READ_SECONDS)
+        return reply
+
+    def rollout(self, rollout_id: int, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Says how far a rollout is; returns whether to go on."""
+        reply: dict[str, Any] = self._call("POST", f"/v1/rollout/{rollout_id}", report)
         return reply
 
     def progress(self, task_id: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,8 +130,12 @@ class Link:
         reply: dict[str, Any] = self._call("POST", f"/v1/task/{task_id}/result", manifest, 10 * READ_SECONDS)
         return reply
 
-    def download(self, sha256: str, num_bytes: int, path: Path) -> None:
+    def download(
+        self, sha256: str, num_bytes: int, path: Path, on_part: Callable[[int], None] = lambda received: None
+    ) -> None:
         """Fetches a blob, going on where an earlier try broke off; the file is there whole or not at all.
+
+        `on_part` is called with the bytes that are there after each part of at most `PART_BYTES`.
 
         Raises:
             UnreachableError: It broke off; what came is kept.
@@ -137,19 +146,19 @@ class Link:
             return
         partial = path.with_name(f"{sha256}.partial")
         try:
-            if not (self._fetched(sha256, num_bytes, partial) or self._fetched(sha256, num_bytes, partial)):
+            if not any(self._fetched(sha256, num_bytes, partial, on_part) for _ in range(2)):
                 raise NotTakenError(f"expected blob {sha256[:12]}, found other bytes, from its beginning on")
             partial.replace(path)
             sync_directory(path.parent)
         except OSError as error:
             raise CheckpointError(f"cannot write {path}: {error.strerror or error}", hint="free some space") from error
 
-    def _fetched(self, sha256: str, num_bytes: int, partial: Path) -> bool:
+    def _fetched(self, sha256: str, num_bytes: int, partial: Path, on_part: Callable[[int], None]) -> bool:
         """Fetches what is missing of a blob; other bytes, as a power cut may leave them, are thrown away."""
         with partial.open("ab") as file:
             if file.tell() > num_bytes:
                 file.truncate(0)
-            self._receive(sha256, num_bytes, file)
+            self._receive(sha256, num_bytes, file, on_part)
             file.flush()
             os.fsync(file.fileno())
         if _hash_of(partial) == sha256:
@@ -157,7 +166,7 @@ class Link:
         partial.unlink()
         return False
 
-    def _receive(self, sha256: str, num_bytes: int, file: Any) -> None:
+    def _receive(self, sha256: str, num_bytes: int, file: Any, on_part: Callable[[int], None]) -> None:
         if file.tell() == num_bytes:
             return
         headers = {**self._headers, "Range": f"bytes={file.tell()}-"}
@@ -174,6 +183,7 @@ class Link:
                 while left > 0 and (part := reply.read(min(PART_BYTES, left))):
                     file.write(part)
                     left -= len(part)
+                    on_part(num_bytes - left)
             finally:
                 reply.drain_conn() if reply.status >= 400 else reply.close()
         except urllib3.exceptions.HTTPError as error:
@@ -217,8 +227,8 @@ class Link:
 
 
 def open_pool(context: ssl.SSLContext | None) -> urllib3.PoolManager:
-    """Returns a pool of one connection, verified by a context; None is for plain HTTP in tests."""
-    return urllib3.PoolManager(num_pools=1, maxsize=1, retries=False, ssl_context=context)
+    """Returns a pool of two connections, one for reports during a download; without a context plain HTTP, in tests."""
+    return urllib3.PoolManager(num_pools=1, maxsize=2, retries=False, ssl_context=context)
 
 
 def request(

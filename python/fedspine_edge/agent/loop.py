@@ -18,6 +18,8 @@ from fedspine_edge.agent import guards
 from fedspine_edge.agent.identity import Identity
 from fedspine_edge.agent.journal import Journal
 from fedspine_edge.agent.link import DismissedError, Link, NotTakenError, UnreachableError
+from fedspine_edge.agent.models import Models
+from fedspine_edge.agent.rollout_work import RolloutWork
 from fedspine_edge.agent.senses import Senses, total_memory_bytes
 from fedspine_edge.agent.settings import AgentSettings
 from fedspine_edge.agent.tasks import checked_task, inline_message, own_part
@@ -62,6 +64,7 @@ class Agent:
         self._senses = Senses(state)
         self._worker = WorkerProcess(settings)
         self._link = Link(identity, uuid.uuid4().hex)
+        self._rollout = RolloutWork(Models(state), self._link, self._senses, settings, beat)
         self._inventory: Mapping[str, Any] = {}
         self._welcome: Mapping[str, Any] = {}
         self._idle_since = time.monotonic()
@@ -134,8 +137,12 @@ class Agent:
         task = self._journal.task()
         if task is None:
             self._rest_worker()
-            reply = self._link.task(float(self._welcome["wait_seconds"]))
-            if reply is not None:
+            self._rollout.catch_up()
+            reply = self._link.task(float(self._welcome["wait_seconds"]), self._rollout.done)
+            if reply is not None and "rollout" in reply:
+                self._worker.stop()  # a model is measured with the memory and the quiet that its users have
+                self._rollout.follow(reply["rollout"], self._welcome["progress_seconds"])
+            elif reply is not None:
                 self._take(reply)
             return
         manifest = self._journal.result()

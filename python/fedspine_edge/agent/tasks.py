@@ -1,4 +1,4 @@
-"""A task as the server describes it, checked field by field before anything is done with it.
+"""A task or an order as the server describes it, checked field by field before anything is done with it.
 
 Comes in: JSON from the server. Goes out: a dict of known fields of known types: data, never code, and no name that
 could lead out of the device's own directory.
@@ -13,12 +13,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fedspine_edge.errors import IncompatibleError
+from fedspine_edge.agent.rollout import INSTALL, RESTORE, Order
+from fedspine_edge.errors import IncompatibleError, UsageError
+from fedspine_edge.rollout_gate import from_json
 
 HASH = re.compile(r"[0-9a-f]{64}")
 TASK_ID = re.compile(r"[0-9a-f]{32}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_BYTES = 1 << 31
+MAX_MODEL_BYTES = 1 << 40
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
+KIND = re.compile(f"{INSTALL}|{RESTORE}")
 COUNTS = ("attempt", "round_index", "rank", "num_steps", "min_steps", "seed", "chunk_bytes", "max_update_bytes")
 
 
@@ -69,6 +74,30 @@ def inline_message(reply: Mapping[str, Any], task: Mapping[str, Any]) -> bytes |
     except ValueError:
         return None
     return content if hashlib.sha256(content).hexdigest() == blob["sha256"] else None
+
+
+def checked_order(found: Mapping[str, Any]) -> Order:
+    """Returns what a rollout asks.
+
+    Raises:
+        IncompatibleError: A field is missing, or is not what it must be.
+    """
+    try:
+        model = found["model"]
+        return Order(
+            _count(found, "rollout_id", 1 << 53),
+            _text(found, "kind", KIND),
+            _text(model, "sha256", HASH),
+            _count(model, "num_bytes", MAX_MODEL_BYTES),
+            _text(model, "name", MODEL_NAME),
+            from_json(found["gate"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise IncompatibleError(
+            f"expected a whole order of a rollout, found none of: {error}", hint="upgrade the older side"
+        ) from error
+    except UsageError as error:
+        raise IncompatibleError(str(error), hint="upgrade the older side") from error
 
 
 def own_part(reply: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ says.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,12 @@ class Operator:
         """Has the server do something and returns what it says."""
         return request(self._pool, "POST", f"{self.url}/v1/{path}", self._headers, body or {}, CALL_SECONDS)
 
+    def put(self, path: str, content: bytes) -> None:
+        """Sends bytes, with their hash."""
+        headers = {**self._headers, "X-Chunk-SHA256": hashlib.sha256(content).hexdigest()}
+        headers["Content-Type"] = "application/octet-stream"
+        request(self._pool, "PUT", f"{self.url}/v1/{path}", headers, content, CALL_SECONDS)
+
     def content(self, path: str) -> bytes:
         """Returns what the server keeps as bytes, of any length.
 
@@ -99,7 +106,7 @@ def devices_text(devices: list[dict[str, Any]]) -> str:
                 f"{task['run_id']} round {task['round_index']}" if task else "-",
             )
         )
-    return _columns(rows)
+    return columns(rows)
 
 
 def runs_text(runs: list[dict[str, Any]]) -> str:
@@ -109,7 +116,7 @@ def runs_text(runs: list[dict[str, Any]]) -> str:
         seconds = "recorded" if run["recorded_timings"] else "measured"
         done = f"{run['round_index']} of {run['rounds']}"
         rows.append((run["run_id"], run["status"], done, seconds, run["adapter_sha256"][:12], run["detail"]))
-    return _columns(rows)
+    return columns(rows)
 
 
 def run_text(run: Mapping[str, Any], events: list[dict[str, Any]]) -> str:
@@ -121,6 +128,7 @@ def run_text(run: Mapping[str, Any], events: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> str:
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of text as columns."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows)  # noqa: B905

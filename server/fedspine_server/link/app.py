@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, SQL
 from starlette.types import ASGIApp
 
 from fedspine_edge.errors import CheckpointError, FedSpineError
-from fedspine_server.link import device_api, operator_api
+from fedspine_server.link import device_api, operator_api, rollout_api, rollouts
 from fedspine_server.link.gate import Gate
 from fedspine_server.link.hub import Hub
 from fedspine_server.link.rounds import advance, renew_leases, say_why
@@ -45,6 +45,7 @@ class Steward:
         self._thread = threading.Thread(target=self._work, name="steward", daemon=True)
         self._wheel = hub.database.wheel()
         self._swept_at = LONG_AGO
+        self._rollout = rollouts.head(hub)
         self.beats = 0
         self.failed = False  # ended by an error that nobody foresaw
 
@@ -84,13 +85,17 @@ class Steward:
         with self._hub.database.read() as session:
             offered = session.scalars(select(TaskRow.device_id).where(TaskRow.status == OFFERED)).all()
         self._hub.bell.ring(offered)
+        newest = rollouts.head(self._hub)
+        if newest != self._rollout:
+            self._rollout = newest
+            self._hub.bell.ring_all()
         return moved
 
     def _drive(self) -> bool:
         hub = self._hub
         with hub.database.read() as session:
             running = list(session.scalars(select(RunRow.run_id).where(RunRow.status == RUNNING)))
-        moved = renew_leases(hub) > 0
+        moved = renew_leases(hub) + rollouts.settle(hub) > 0
         for run_id in running:
             try:
                 moved = advance(hub, run_id) or moved
@@ -154,4 +159,6 @@ def create_app(hub: Hub, steward: Steward | None = None) -> ASGIApp:
         app.add_exception_handler(unkept, _say_that_it_cannot_be_kept)
     app.include_router(device_api.router)
     app.include_router(operator_api.router)
+    app.include_router(rollout_api.devices)
+    app.include_router(rollout_api.operators)
     return Gate(app, hub)

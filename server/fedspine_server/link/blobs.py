@@ -61,6 +61,17 @@ class BlobStore:
             raise CheckpointError(f"blob {sha256[:12]} is damaged on disk", hint="restore it from a backup")
         return content
 
+    def is_whole(self, sha256: str, num_bytes: int) -> bool:
+        """Returns whether a blob is there and is what its name says; one that is not is removed, to be sent again."""
+        try:
+            path = self.path(sha256)
+        except KeyError:
+            return False
+        whole = path.stat().st_size == num_bytes and _sha256(path) == sha256
+        if not whole:
+            path.unlink(missing_ok=True)
+        return whole
+
     def put(self, content: bytes) -> str:
         """Keeps a blob and returns its SHA-256; one that is there already costs nothing.
 

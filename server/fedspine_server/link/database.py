@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Executable, Row, create_engine, event, select, text
+from sqlalchemy import Connection, Engine, Executable, Row, create_engine, event, insert, select, text, update
 from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import Session
 
 from fedspine_edge.errors import LinkError
 from fedspine_server.link.driving import LOCK_KEY, FileWheel, SessionWheel, Wheel
-from fedspine_server.link.tables import SCHEMA_VERSION, SchemaRow, Table
+from fedspine_server.link.tables import ONLY_FEWER_TABLES, SCHEMA_VERSION, SchemaRow, Table
 
 BUSY_SECONDS = 30.0
 POOL_SIZE = 20
@@ -64,7 +64,10 @@ class Database:
                 Table.metadata.create_all(connection)
                 found = connection.execute(select(SchemaRow.version)).scalar()
                 if found is None:
-                    connection.execute(SchemaRow.__table__.insert().values(version=SCHEMA_VERSION))  # type: ignore[attr-defined]
+                    connection.execute(insert(SchemaRow).values(version=SCHEMA_VERSION))
+                elif found in ONLY_FEWER_TABLES:
+                    connection.execute(update(SchemaRow).values(version=SCHEMA_VERSION))
+                    found = SCHEMA_VERSION
         except OperationalError as error:
             url = self._engine.url.render_as_string(hide_password=True)
             raise LinkError(f"cannot open the database {url}: {error.orig}", hint="check --database") from error

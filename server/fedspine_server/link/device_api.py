@@ -14,9 +14,10 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Requ
 from fastapi.responses import FileResponse
 from sqlalchemy import select
 
-from fedspine_server.link import devices, tasks
+from fedspine_server.link import devices, rollouts, tasks
 from fedspine_server.link.credentials import Principal
 from fedspine_server.link.hub import Hub
+from fedspine_server.link.rollout_schemas import DONE, OrderReply
 from fedspine_server.link.schemas import (
     HASH,
     TASK_ID,
@@ -99,14 +100,22 @@ def hello(hub: SharedHub, device: Annotated[Principal, Depends(enrolled_device)]
 
 @router.get("/task", responses={204: {"description": "Nothing to do for now"}})
 async def task(
-    hub: SharedHub, device: Present, response: Response, wait: Annotated[float, Query(ge=0, le=60)] = 0.0
-) -> Task | None:
-    """Long poll: the device's task as soon as there is one."""
+    hub: SharedHub,
+    device: Present,
+    response: Response,
+    wait: Annotated[float, Query(ge=0, le=60)] = 0.0,
+    rollout: Annotated[str | None, Query(pattern=DONE)] = None,
+) -> Task | OrderReply | None:
+    """Long poll: the device's task as soon as there is one; before it, what a rollout asks.
+
+    `rollout` is the last order the device has done (`none`, `NUMBER:install`, `NUMBER:restore`); left out, it is asked
+    for nothing but tasks.
+    """
     loop = asyncio.get_running_loop()
     until, rung = loop.time() + min(wait, hub.settings.wait_seconds), False
     while True:
         bell = hub.bell.listen(device.device_id)
-        found = await asyncio.to_thread(tasks.lease, hub, device.device_id, device.boot_id, rung=rung)
+        found = await asyncio.to_thread(_next, hub, device, rollout, rung=rung)
         left = until - loop.time()
         if found is not None or left <= 0 or hub.bell.closed:
             break
@@ -120,18 +129,25 @@ async def task(
     return found
 
 
+def _next(hub: Hub, device: Principal, done: str | None, *, rung: bool) -> Task | OrderReply | None:
+    order = rollouts.order_for(hub, device.device_id, done) if done and device.status == ACCEPTED else None
+    return order or tasks.lease(hub, device.device_id, device.boot_id, rung=rung)
+
+
 @router.get("/blob/{sha256}", response_class=FileResponse)
 def blob(hub: SharedHub, device: Accepted, sha256: Annotated[str, Path(pattern=HASH)]) -> FileResponse:
-    """A blob of one of the device's own tasks; Range goes on with a download that broke off."""
+    """A blob of one of the device's own tasks, or the model it is to have; Range goes on where a download broke off."""
     own = (TaskRow.device_id == device.device_id, TaskRow.blob_sha256 == sha256)
     with hub.database.read() as session:
         num_bytes = session.scalars(select(TaskRow.blob_bytes).where(*own).limit(1)).first()
+        if num_bytes is None:
+            num_bytes = rollouts.model_bytes_for(session, device.device_id, sha256)
     if num_bytes is None:
-        raise HTTPException(404, "expected a blob of one of this device's tasks")
+        raise HTTPException(404, "expected a blob of one of this device's tasks or of its rollout")
     try:
         path = hub.blobs.path(sha256)
     except KeyError as error:
-        raise HTTPException(404, "that task is over and its blob is gone") from error
+        raise HTTPException(404, "that is over and its blob is gone") from error
     if path.stat().st_size != num_bytes:
         raise HTTPException(404, f"expected a blob of {num_bytes} bytes, found it damaged on the server's disk")
     return FileResponse(path, media_type="application/zstd")

@@ -82,11 +82,15 @@ class Bell:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._set, list(device_ids))
 
+    def ring_all(self) -> None:
+        """Wakes every poll."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lambda: self._set(list(self._waiting)))
+
     def close_soon(self) -> None:
         """Ends every poll, now and from now on; called from any thread when the server is to stop."""
         self._closed = True
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: self._set(list(self._waiting)))
+        self.ring_all()
 
     @property
     def closed(self) -> bool:

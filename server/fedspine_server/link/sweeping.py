@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import and_, or_, select
 
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.tables import LATE, LEASED, OFFERED, STOPPED, ResultRow, RunRow, TaskRow
+from fedspine_server.link.tables import LATE, LEASED, OFFERED, STOPPED, ModelRow, ResultRow, RunRow, TaskRow
 
 
 def sweep(hub: Hub) -> int:
@@ -17,6 +17,7 @@ def sweep(hub: Hub) -> int:
     with hub.database.read() as session:
         wanted = set(session.scalars(select(RunRow.state_sha256)))
         wanted |= set(session.scalars(select(TaskRow.blob_sha256).where(TaskRow.status.in_((OFFERED, LEASED)))))
+        wanted |= set(session.scalars(select(ModelRow.sha256)))
         late = (ResultRow.fate == LATE, ResultRow.closed_with.is_(None))
         asked = select(TaskRow.blob_sha256).join(ResultRow, ResultRow.task_id == TaskRow.task_id).where(*late)
         wanted |= set(session.scalars(asked))

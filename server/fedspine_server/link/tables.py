@@ -1,4 +1,4 @@
-"""What the server remembers, as tables: devices, credentials, runs, tasks, results, events.
+"""What the server remembers, as tables: devices, credentials, runs, tasks, results, models, rollouts, events.
 
 Comes in: nothing. Goes out: the mapped classes. Arrays are never in the database: a run's state and every message are
 blobs on disk, named here by their SHA-256. Times are the server's own clock, seconds since 1970.
@@ -11,7 +11,9 @@ from typing import Any
 from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+ONLY_FEWER_TABLES = (2,)
+"""Older versions that lack whole tables and differ in nothing else."""
 
 PENDING, ACCEPTED, REVOKED = "pending", "accepted", "revoked"
 """Status of a device: it may do nothing but wait until the operator accepts it."""
@@ -139,6 +141,48 @@ class ResultRow(Table):
     seconds: Mapped[dict[str, Any]]
     detail: Mapped[str | None]
     received_at: Mapped[float]
+
+
+class ModelRow(Table):
+    """A model file that can be rolled out; its bytes are the blob of that hash."""
+
+    __tablename__ = "models"
+
+    sha256: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    num_bytes: Mapped[int]
+    added_at: Mapped[float]
+
+
+class RolloutRow(Table):
+    """What the operator wants the devices to run; the highest number counts.
+
+    `gate` has the operator's `text` and its `conditions`, `targets` the `canaries` and the `devices` (null: all).
+    """
+
+    __tablename__ = "rollouts"
+
+    rollout_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    status: Mapped[str]
+    model_sha256: Mapped[str]
+    model_name: Mapped[str]
+    model_bytes: Mapped[int]
+    gate: Mapped[dict[str, Any]]
+    targets: Mapped[dict[str, Any]]
+    created_at: Mapped[float]
+    detail: Mapped[str]
+
+
+class RolloutDeviceRow(Table):
+    """What a device reported of a rollout last."""
+
+    __tablename__ = "rollout_devices"
+
+    rollout_id: Mapped[int] = mapped_column(ForeignKey("rollouts.rollout_id"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.device_id"), primary_key=True)
+    state: Mapped[str]
+    report: Mapped[dict[str, Any]]
+    reported_at: Mapped[float]
 
 
 class EventRow(Table):
