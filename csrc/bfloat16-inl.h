@@ -13,15 +13,25 @@ typedef unsigned short Halves __attribute__((vector_size(FEDSPINE_LANES * 2)));
 typedef unsigned short UnalignedHalves
     __attribute__((vector_size(FEDSPINE_LANES * 2), aligned(2), may_alias));
 
+FEDSPINE_INLINE V Widened(Halves halves) {
+#if FEDSPINE_LANES == 16  // gcc converts by way of two halves.
+  const auto whole = reinterpret_cast<UnsignedBits>(
+      _mm512_maskz_cvtepu16_epi32(kAllLanes, reinterpret_cast<__m256i>(halves)));
+#elif FEDSPINE_LANES == 8
+  const auto whole =
+      reinterpret_cast<UnsignedBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+  const UnsignedBits whole = __builtin_convertvector(halves, UnsignedBits);
+#endif
+  return reinterpret_cast<V>(whole << 16);
+}
+
 // The first `count` lanes, the others being zero.
 FEDSPINE_INLINE V LoadKept(const Bfloat16* from, Index count) {
+  if (count == kLanes) return Widened(*reinterpret_cast<const UnalignedHalves*>(from));
   Halves halves = {};
-  if (count == kLanes) {
-    halves = *reinterpret_cast<const UnalignedHalves*>(from);
-  } else {
-    for (Index lane = 0; lane < count; ++lane) halves[lane] = from[lane];
-  }
-  return reinterpret_cast<V>(__builtin_convertvector(halves, UnsignedBits) << 16);
+  for (Index lane = 0; lane < count; ++lane) halves[lane] = from[lane];
+  return Widened(halves);
 }
 
 // Rounds to the nearest, ties to even; NaN stays NaN.

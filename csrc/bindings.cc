@@ -26,24 +26,25 @@ void CheckShape(const LinearShape& shape, Address lora_a, Address lora_b, int nu
   Require(num_threads >= 1, "expected at least one thread");
 }
 
-void Forward(const LinearShape& shape, Address x, Address panels, Address bias, Address lora_a,
-             Address lora_b, float scaling, Address y, Address hidden, int num_threads) {
+void Forward(const LinearShape& shape, Address x, const PackedWeight& weight, Address bias,
+             Address lora_a, Address lora_b, float scaling, Address y, Address hidden,
+             int num_threads) {
   CheckShape(shape, lora_a, lora_b, num_threads);
-  const LoraLinearForwardArgs args = {shape,      In(x),   In(panels), In(bias),    In(lora_a),
-                                      In(lora_b), scaling, Out(y),     Out(hidden), num_threads};
+  const LoraLinearForwardArgs args = {shape,      In(x),   weight, In(bias),    In(lora_a),
+                                      In(lora_b), scaling, Out(y), Out(hidden), num_threads};
   const KernelTable& kernels = Kernels();
   float* const scratch = Scratch(kernels.lora_linear_forward_scratch(shape, num_threads));
   kernels.lora_linear_forward(args, scratch);
 }
 
-void Backward(const LinearShape& shape, Address dy, Address x, Address panels, Address lora_a,
-              Address lora_b, Address hidden, float scaling, Address dx, Address dlora_a,
-              Address dlora_b, int num_threads) {
+void Backward(const LinearShape& shape, Address dy, Address x, const PackedWeight& weight,
+              Address lora_a, Address lora_b, Address hidden, float scaling, Address dx,
+              Address dlora_a, Address dlora_b, int num_threads) {
   CheckShape(shape, lora_a, lora_b, num_threads);
   Require(dlora_a == 0 || (x != 0 && shape.rank > 0), "expected x and a rank for dlora_a");
   Require(dlora_b == 0 || (hidden != 0 && shape.rank > 0),
           "expected hidden and a rank for dlora_b");
-  const LoraLinearBackwardArgs args = {shape,      In(dy),       In(x),        In(panels),
+  const LoraLinearBackwardArgs args = {shape,      In(dy),       In(x),        weight,
                                        In(lora_a), In(lora_b),   In(hidden),   scaling,
                                        Out(dx),    Out(dlora_a), Out(dlora_b), num_threads};
   const KernelTable& kernels = Kernels();
@@ -51,13 +52,13 @@ void Backward(const LinearShape& shape, Address dy, Address x, Address panels, A
   kernels.lora_linear_backward(args, scratch);
 }
 
-void Score(const LinearShape& shape, Address panels, Address lora_a, Address lora_b,
+void Score(const LinearShape& shape, const PackedWeight& weight, Address lora_a, Address lora_b,
            Address dlora_a, Address dlora_b, float scaling, bool by_output, Address out,
            int num_threads) {
   CheckShape(shape, lora_a, lora_b, num_threads);
   Require(shape.rank > 0 && dlora_a != 0 && dlora_b != 0, "expected a rank and both gradients");
-  const ImportanceArgs args = {shape,       In(panels), In(lora_a), In(lora_b), In(dlora_a),
-                               In(dlora_b), scaling,    by_output,  Out(out),   num_threads};
+  const ImportanceArgs args = {shape,       weight,  In(lora_a), In(lora_b), In(dlora_a),
+                               In(dlora_b), scaling, by_output,  Out(out),   num_threads};
   const KernelTable& kernels = Kernels();
   kernels.importance(args, Scratch(kernels.importance_scratch(shape)));
 }
@@ -70,6 +71,20 @@ KeptMatrix Kept(Address data, Index stride, Address keep_rows, Address keep_colu
           reinterpret_cast<const std::int64_t*>(keep_columns),
           rows,
           columns};
+}
+
+PackedWeight Packed(Address panels, Address scales, const std::string& format) {
+  Require(panels != 0, "expected panels");
+  if (format == "float32") return {In(panels), nullptr, WeightFormat::kFloat32};
+  if (format == "bfloat16") return {In(panels), nullptr, WeightFormat::kBfloat16};
+  Require(format == "int8", "expected a format of float32, bfloat16, int8");
+  Require(scales != 0, "expected scales of an int8 weight");
+  return {In(panels), In(scales), WeightFormat::kInt8};
+}
+
+// The same memory, to be written.
+PackedOut PackedMemory(const PackedWeight& packed) {
+  return {const_cast<void*>(packed.panels), const_cast<float*>(packed.scales), packed.format};
 }
 
 std::vector<std::string> AvailableIsas() {
@@ -107,11 +122,13 @@ PYBIND11_MODULE(_native, m) {
   namespace py = pybind11;
   using fedspine::Address;
   using fedspine::Index;
+  using fedspine::PackedWeight;
   using fedspine::Require;
   using Unlocked = py::call_guard<py::gil_scoped_release>;
 
   m.doc() = "Kernels of FedSpine Edge; fedspine_edge.kernels is the door to them.";
   m.attr("PANEL_WIDTH") = fedspine::kPanelWidth;
+  py::class_<PackedWeight>(m, "PackedWeight").def(py::init(&fedspine::Packed));
   m.def("available_isas", &fedspine::AvailableIsas);
   m.def("isa", [] { return fedspine::Kernels().name; });
   m.def("use_isa", [](const std::string& name) {
@@ -119,28 +136,28 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def(
       "lora_linear_forward",
-      [](Index tokens, Index in_features, Index out_features, Index rank, Address x, Address panels,
-         Address bias, Address lora_a, Address lora_b, float scaling, Address y, Address hidden,
-         int num_threads) {
-        fedspine::Forward({tokens, in_features, out_features, rank}, x, panels, bias, lora_a,
+      [](Index tokens, Index in_features, Index out_features, Index rank, Address x,
+         const PackedWeight& weight, Address bias, Address lora_a, Address lora_b, float scaling,
+         Address y, Address hidden, int num_threads) {
+        fedspine::Forward({tokens, in_features, out_features, rank}, x, weight, bias, lora_a,
                           lora_b, scaling, y, hidden, num_threads);
       },
       Unlocked());
   m.def(
       "lora_linear_backward",
       [](Index tokens, Index in_features, Index out_features, Index rank, Address dy, Address x,
-         Address panels, Address lora_a, Address lora_b, Address hidden, float scaling, Address dx,
-         Address dlora_a, Address dlora_b, int num_threads) {
-        fedspine::Backward({tokens, in_features, out_features, rank}, dy, x, panels, lora_a, lora_b,
+         const PackedWeight& weight, Address lora_a, Address lora_b, Address hidden, float scaling,
+         Address dx, Address dlora_a, Address dlora_b, int num_threads) {
+        fedspine::Backward({tokens, in_features, out_features, rank}, dy, x, weight, lora_a, lora_b,
                            hidden, scaling, dx, dlora_a, dlora_b, num_threads);
       },
       Unlocked());
   m.def(
       "importance",
-      [](Index in_features, Index out_features, Index rank, Address panels, Address lora_a,
-         Address lora_b, Address dlora_a, Address dlora_b, float scaling, bool by_output,
-         Address out, int num_threads) {
-        fedspine::Score({1, in_features, out_features, rank}, panels, lora_a, lora_b, dlora_a,
+      [](Index in_features, Index out_features, Index rank, const PackedWeight& weight,
+         Address lora_a, Address lora_b, Address dlora_a, Address dlora_b, float scaling,
+         bool by_output, Address out, int num_threads) {
+        fedspine::Score({1, in_features, out_features, rank}, weight, lora_a, lora_b, dlora_a,
                         dlora_b, scaling, by_output, out, num_threads);
       },
       Unlocked());
@@ -157,19 +174,20 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "pack_weight",
       [](Address data, Index stride, Address keep_rows, Address keep_columns, Index rows,
-         Index columns, Address panels, int num_threads) {
+         Index columns, const PackedWeight& packed, int num_threads) {
         Require(rows >= 1 && columns >= 1, "expected at least one row and one column");
         fedspine::PackWeight(fedspine::Kept(data, stride, keep_rows, keep_columns, rows, columns),
-                             fedspine::Out(panels), num_threads);
+                             fedspine::PackedMemory(packed), num_threads);
       },
       Unlocked());
   m.def(
       "unpack_weight",
-      [](Address panels, Index out_features, Index in_features, Address weight, int num_threads) {
+      [](const PackedWeight& packed, Index out_features, Index in_features, Address weight,
+         int num_threads) {
         Require(out_features >= 1 && in_features >= 1,
                 "expected at least one output and one input");
-        fedspine::UnpackWeight(fedspine::In(panels), out_features, in_features,
-                               fedspine::Out(weight), num_threads);
+        fedspine::UnpackWeight(packed, out_features, in_features, fedspine::Out(weight),
+                               num_threads);
       },
       Unlocked());
 }

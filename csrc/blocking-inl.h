@@ -10,8 +10,8 @@ namespace FEDSPINE_TARGET {
 namespace {
 
 // Block sizes: a block of x or dy stays within half a megabyte of second-level cache beside a
-// panel.
-constexpr Index kForwardTokens = RoundUp(64, kTileRows);
+// panel. A weight that is not in a cache is read once for each block of tokens.
+constexpr Index kForwardTokens = RoundUp(128, kTileRows);
 constexpr Index kBackwardTokens = 128;
 constexpr Index kBlockDepth = 1024;   // Of either; longer sums return to their tile once a block.
 constexpr Index kUpdateTokens = 256;  // Tokens of one pass over dA and dB.

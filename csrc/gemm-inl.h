@@ -9,7 +9,7 @@
 #ifndef FEDSPINE_CSRC_GEMM_INL_H_
 #define FEDSPINE_CSRC_GEMM_INL_H_
 
-#include "gather.h"
+#include "packed_weight.h"
 #include "simd.h"
 
 namespace fedspine {

@@ -7,6 +7,7 @@
 
 #include "blocking-inl.h"
 #include "importance.h"
+#include "packed_weight-inl.h"
 
 namespace fedspine {
 namespace FEDSPINE_TARGET {
@@ -63,6 +64,7 @@ inline void PackImportance(const ImportanceArgs& args, const ImportanceScratch& 
 struct ScoreTile {
   alignas(64) float gradient[kTileRows * kTileColumns];
   alignas(64) float weight[kTileRows * kTileColumns];
+  alignas(64) float panel[kTileRows * kPanelWidth];  // Of W, when it is not float32.
 };
 
 // Scores inputs [rows) by outputs [output, output + kTileColumns).
@@ -82,7 +84,8 @@ inline void ComputeScores(const ImportanceArgs& args, const ImportanceScratch& s
   RunTile<false>(num_rows, call);
   call.main = {scratch.a_panels + rows.begin * kPanelWidth, in_features * kPanelWidth,
                scratch.b_panels + first * rank + (output - first), kPanelWidth, rank};
-  call.init = args.panels + first * in_features + rows.begin * kPanelWidth + (output - first);
+  call.init = PanelRows(args.weight, in_features, first, rows.begin, num_rows, scores->panel) +
+              (output - first);
   call.init_stride = kPanelWidth;
   call.out = scores->weight;
   RunTile<false>(num_rows, call);

@@ -2,10 +2,10 @@
 //
 //   G = [dB, B] . [A - dA ; dA]      S = |G * (W + s B A)|      out = row sums or column sums of S
 //
-// W[O, I] packed; A, dA [R, I]; B, dB [O, R]; float32, row-major, compact. Neither G nor S is ever
-// stored: both live in tiles. A sum runs in float32 over at most 64 terms, then in double, in a
-// fixed order: the same result for any number of threads. R >= 1. Nothing is allocated; `scratch`
-// as in lora_linear.h.
+// W[O, I] packed (packed_weight.h); A, dA [R, I]; B, dB [O, R]; float32, row-major, compact.
+// Neither G nor S is ever stored: both live in tiles. A sum runs in float32 over at most 64 terms,
+// then in double, in a fixed order: the same result for any number of threads. R >= 1. Nothing is
+// allocated; `scratch` as in lora_linear.h.
 #ifndef FEDSPINE_CSRC_IMPORTANCE_H_
 #define FEDSPINE_CSRC_IMPORTANCE_H_
 
@@ -15,7 +15,7 @@ namespace fedspine {
 
 struct ImportanceArgs {
   LinearShape shape;  // Without tokens.
-  const float* panels;
+  PackedWeight weight;
   const float* lora_a;
   const float* lora_b;
   const float* dlora_a;

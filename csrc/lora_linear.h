@@ -3,15 +3,15 @@
 //   y = x W^T + bias + s (x A^T) B^T      x[T, I]  W[O, I] packed  A[R, I]  B[O, R]  bias[O]  y[T,
 //   O]
 //
-// float32, row-major, compact; products are accumulated in float32, one lane an element, in
-// ascending order of the summed index, so results are bitwise the same for any number of threads
-// (targets may differ from each other in the last bits). T, I, O >= 1; R >= 0. Outputs must not
-// overlap inputs or each other. Nothing is allocated: `scratch` holds as many floats as the
-// *Scratch function says, aligned to 64 bytes.
+// float32 but for W (packed_weight.h), row-major, compact; products are accumulated in float32, one
+// lane an element, in ascending order of the summed index, so results are bitwise the same for any
+// number of threads (targets may differ from each other in the last bits). T, I, O >= 1; R >= 0.
+// Outputs must not overlap inputs or each other. Nothing is allocated: `scratch` holds as many
+// floats as the *Scratch function says, aligned to 64 bytes.
 #ifndef FEDSPINE_CSRC_LORA_LINEAR_H_
 #define FEDSPINE_CSRC_LORA_LINEAR_H_
 
-#include "parallel.h"
+#include "packed_weight.h"
 
 namespace fedspine {
 
@@ -25,7 +25,7 @@ struct LinearShape {
 struct LoraLinearForwardArgs {
   LinearShape shape;
   const float* x;
-  const float* panels;  // PackWeight's.
+  PackedWeight weight;
   const float* bias;    // Null for none.
   const float* lora_a;  // Null when R is 0.
   const float* lora_b;
@@ -39,7 +39,7 @@ struct LoraLinearBackwardArgs {
   LinearShape shape;
   const float* dy;  // [T, O]
   const float* x;   // May be null when dlora_a is.
-  const float* panels;
+  PackedWeight weight;
   const float* lora_a;
   const float* lora_b;
   const float* hidden;  // The forward's; may be null when dlora_b is.

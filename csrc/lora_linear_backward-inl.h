@@ -3,6 +3,7 @@
 #define FEDSPINE_CSRC_LORA_LINEAR_BACKWARD_INL_H_
 
 #include "blocking-inl.h"
+#include "packed_weight-inl.h"
 
 namespace fedspine {
 namespace FEDSPINE_TARGET {
@@ -22,7 +23,8 @@ struct BackwardScratch {
   Index dhidden_offset;  // its share of dhidden,
   Index
       partial_offset;  // unfinished dx^T [tokens / 32][I][32] when the depth takes several blocks,
-  Index strip_offset;  // a strip [kUpdateTokens][32].
+  Index strip_offset;  // a strip [kUpdateTokens][32],
+  Index rows_offset;   // rows of W [depth / 32][kTileRows][32], unused when W is float32.
 };
 
 inline BackwardScratch LayOutBackward(const LinearShape& shape, float* scratch) {
@@ -40,7 +42,8 @@ inline BackwardScratch LayOutBackward(const LinearShape& shape, float* scratch) 
   layout.partial_offset = layout.dhidden_offset + kBackwardTokens * shape.rank;
   layout.strip_offset = layout.partial_offset;
   if (shape.out_features > kBlockDepth) layout.strip_offset += kBackwardTokens * shape.in_features;
-  layout.part_floats = RoundUp(layout.strip_offset + kUpdateTokens * kPanelWidth, 16);
+  layout.rows_offset = RoundUp(layout.strip_offset + kUpdateTokens * kPanelWidth, 16);
+  layout.part_floats = layout.rows_offset + kTileRows * depth;
   return layout;
 }
 
@@ -71,17 +74,18 @@ inline void BackwardHidden(const LoraLinearBackwardArgs& args, const BackwardScr
   }
 }
 
-// One tile of dx^T: inputs `rows`, tokens from the block's `t`-th.
+// One tile of dx^T: inputs `rows`, whose weights are `left`, tokens from the block's `t`-th.
 inline void BackwardTile(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
-                         const Block& block, Range rows, Index t, const float* dy_panels,
-                         const float* dhidden, float* partial) {
+                         const Block& block, Range rows, const LeftPanels& left, Index t,
+                         float* part_memory) {
   const LinearShape& shape = args.shape;
   const Index panel = t / kPanelWidth * kPanelWidth;
   const Index depth = block.depth.end - block.depth.begin;
+  const float* const dhidden = part_memory + scratch.dhidden_offset;
+  float* const partial = part_memory + scratch.partial_offset;
   Tile call = {};
-  call.main = {args.panels + block.depth.begin * shape.in_features + rows.begin * kPanelWidth,
-               shape.in_features * kPanelWidth, dy_panels + panel * depth + (t - panel),
-               kPanelWidth, depth};
+  call.main = {left.data, left.stride, part_memory + panel * depth + (t - panel), kPanelWidth,
+               depth};
   call.scale = 1;
   call.columns = kTileColumns;
   call.out = partial + panel * shape.in_features + rows.begin * kPanelWidth + (t - panel);
@@ -108,7 +112,6 @@ inline void BackwardBlock(const LoraLinearBackwardArgs& args, const BackwardScra
   const Index depth = block.depth.end - block.depth.begin;
   const Index num_inputs = block.features.end - block.features.begin;
   float* const dhidden = part_memory + scratch.dhidden_offset;
-  float* const partial = part_memory + scratch.partial_offset;
   PackTransposed(args.dy + block.tokens.begin * shape.out_features + block.depth.begin,
                  shape.out_features, num_tokens, depth, part_memory);
   for (Index panel = 0; panel < num_tokens; panel += kPanelWidth) {
@@ -118,8 +121,10 @@ inline void BackwardBlock(const LoraLinearBackwardArgs& args, const BackwardScra
   for (Index tile = 0; tile < NumTiles(num_inputs); ++tile) {
     const Range range = TileRange(num_inputs, tile);
     const Range rows = {block.features.begin + range.begin, block.features.begin + range.end};
+    const LeftPanels left = PanelsOfRows(args.weight, shape.in_features, block.depth, rows,
+                                         part_memory + scratch.rows_offset);
     for (Index t = 0; t < num_tokens; t += kTileColumns) {
-      BackwardTile(args, scratch, block, rows, t, part_memory, dhidden, partial);
+      BackwardTile(args, scratch, block, rows, left, t, part_memory);
     }
   }
 }

@@ -3,6 +3,7 @@
 #define FEDSPINE_CSRC_LORA_LINEAR_FORWARD_INL_H_
 
 #include "blocking-inl.h"
+#include "packed_weight-inl.h"
 
 namespace fedspine {
 namespace FEDSPINE_TARGET {
@@ -13,10 +14,11 @@ namespace {
 struct ForwardScratch {
   float* a_panels;      // A transposed: [R / 32][I][32]
   float* b_panels;      // B transposed: [O / 32][R][32]
-  float* parts;         // For each part: a block of x, then its hidden rows.
+  float* parts;         // For each part: a block of x, then its hidden rows, a panel of W.
   Index shared_floats;  // All that stands before the parts.
   Index part_floats;
   Index hidden_offset;
+  Index panel_offset;  // Unused when W is float32.
 };
 
 inline ForwardScratch LayOutForward(const LinearShape& shape, float* scratch) {
@@ -27,7 +29,8 @@ inline ForwardScratch LayOutForward(const LinearShape& shape, float* scratch) {
   layout.parts = cursor.Take(0);
   layout.shared_floats = cursor.taken;
   layout.hidden_offset = kForwardTokens * kBlockDepth;
-  layout.part_floats = RoundUp(layout.hidden_offset + PanelFloats(shape.rank, kForwardTokens), 16);
+  layout.panel_offset = RoundUp(layout.hidden_offset + PanelFloats(shape.rank, kForwardTokens), 16);
+  layout.part_floats = layout.panel_offset + kPanelWidth * kBlockDepth;
   return layout;
 }
 
@@ -54,12 +57,12 @@ inline void PackForwardBlock(const LoraLinearForwardArgs& args, const Block& blo
   }
 }
 
+// `depth_rows` are the rows of a panel at the block's depth.
 inline Product ForwardProduct(const Block& block, Range rows, const float* x_panels,
-                              const float* panel) {
+                              const float* depth_rows) {
   const Index num_depth = block.depth.end - block.depth.begin;
   return {x_panels + rows.begin * RoundUp(num_depth, kPanelWidth),
-          (rows.end - rows.begin) * kPanelWidth, panel + block.depth.begin * kPanelWidth,
-          kPanelWidth, num_depth};
+          (rows.end - rows.begin) * kPanelWidth, depth_rows, kPanelWidth, num_depth};
 }
 
 // hidden = s x A^T for the block's tokens, as panels [R / 32][tokens][32].
@@ -68,12 +71,12 @@ inline void ForwardHidden(const LoraLinearForwardArgs& args, const ForwardScratc
   const Index num_tokens = block.tokens.end - block.tokens.begin;
   for (Index r = 0; r < args.shape.rank; r += kTileColumns) {
     const Index panel = r / kPanelWidth;
-    const float* a_panel =
-        scratch.a_panels + panel * kPanelWidth * args.shape.in_features + r % kPanelWidth;
+    const float* a_rows = scratch.a_panels + panel * kPanelWidth * args.shape.in_features +
+                          block.depth.begin * kPanelWidth + r % kPanelWidth;
     for (Index tile = 0; tile < NumTiles(num_tokens); ++tile) {
       const Range rows = TileRange(num_tokens, tile);
       Tile call = {};
-      call.main = ForwardProduct(block, rows, x_panels, a_panel);
+      call.main = ForwardProduct(block, rows, x_panels, a_rows);
       call.out = hidden + (panel * num_tokens + rows.begin) * kPanelWidth + r % kPanelWidth;
       call.out_stride = kPanelWidth;
       call.init = block.first ? nullptr : call.out;
@@ -86,16 +89,21 @@ inline void ForwardHidden(const LoraLinearForwardArgs& args, const ForwardScratc
 }
 
 inline void ForwardOutputs(const LoraLinearForwardArgs& args, const ForwardScratch& scratch,
-                           const Block& block, const float* x_panels, const float* hidden) {
+                           const Block& block, const float* x_panels, const float* hidden,
+                           float* hot) {
   const LinearShape& shape = args.shape;
   const Index num_tokens = block.tokens.end - block.tokens.begin;
+  const float* panel_rows = nullptr;
   for (Index o = block.features.begin; o < block.features.end; o += kTileColumns) {
     const Index first = o / kPanelWidth * kPanelWidth;  // Of the panel.
+    if (o == first) {
+      panel_rows = PanelRows(args.weight, shape.in_features, first, block.depth.begin,
+                             block.depth.end - block.depth.begin, hot);
+    }
     for (Index tile = 0; tile < NumTiles(num_tokens); ++tile) {
       const Range rows = TileRange(num_tokens, tile);
       Tile call = {};
-      call.main = ForwardProduct(block, rows, x_panels,
-                                 args.panels + first * shape.in_features + (o - first));
+      call.main = ForwardProduct(block, rows, x_panels, panel_rows + (o - first));
       if (block.last && shape.rank > 0) {
         call.extra = {hidden + rows.begin * kPanelWidth, num_tokens * kPanelWidth,
                       scratch.b_panels + first * shape.rank + (o - first), kPanelWidth, shape.rank};
@@ -135,7 +143,7 @@ inline void ForwardPart(const LoraLinearForwardArgs& args, const ForwardScratch&
                           outputs, d == 0, d + 1 == depth_blocks};
       PackForwardBlock(args, step, x_panels);
       ForwardHidden(args, scratch, step, x_panels, hidden);
-      ForwardOutputs(args, scratch, step, x_panels, hidden);
+      ForwardOutputs(args, scratch, step, x_panels, hidden, x_panels + scratch.panel_offset);
     }
     if (args.hidden == nullptr || feature_part != 0) continue;
     const Index num_tokens = block.end - block.begin;

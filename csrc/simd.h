@@ -33,6 +33,11 @@ typedef int Bits __attribute__((vector_size(FEDSPINE_LANES * 4)));
 typedef unsigned UnsignedBits __attribute__((vector_size(FEDSPINE_LANES * 4)));
 typedef float UnalignedV __attribute__((vector_size(FEDSPINE_LANES * 4), aligned(4), may_alias));
 
+#if FEDSPINE_LANES == 16
+// A mask of all: gcc 12 warns of what its unmasked intrinsics leave undefined, and drops the mask.
+constexpr __mmask16 kAllLanes = 0xffff;
+#endif
+
 // Largest register tile, rows x vectors: what fits the register file without a spill.
 #if FEDSPINE_LANES == 16
 constexpr int kTileRows = 14;

@@ -41,13 +41,13 @@ void Ours(const fedspine::LinearShape& shape, const Floats& x, const Floats& w, 
   Floats packed(Size(panels * fedspine::kPanelWidth * shape.in_features));
   fedspine::PackWeight(
       {w.data(), shape.in_features, nullptr, nullptr, shape.out_features, shape.in_features},
-      packed.data(), 1);
+      {packed.data(), nullptr, fedspine::WeightFormat::kFloat32}, 1);
   const fedspine::KernelTable& kernels = fedspine::Kernels();
   Floats scratch(Size(kernels.lora_linear_forward_scratch(shape, 1) + 16));
   fedspine::LoraLinearForwardArgs args = {};
   args.shape = shape;
   args.x = x.data();
-  args.panels = packed.data();
+  args.weight = {packed.data(), nullptr, fedspine::WeightFormat::kFloat32};
   args.y = y->data();
   args.num_threads = 1;
   for (int run = 0; run < runs; ++run) kernels.lora_linear_forward(args, Align(&scratch));

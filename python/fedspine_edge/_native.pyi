@@ -2,6 +2,9 @@
 
 PANEL_WIDTH: int
 
+class PackedWeight:
+    def __init__(self, panels: int, scales: int, format: str, /) -> None: ...
+
 def available_isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str, /) -> None: ...
@@ -11,7 +14,7 @@ def lora_linear_forward(
     out_features: int,
     rank: int,
     x: int,
-    panels: int,
+    weight: PackedWeight,
     bias: int,
     lora_a: int,
     lora_b: int,
@@ -28,7 +31,7 @@ def lora_linear_backward(
     rank: int,
     dy: int,
     x: int,
-    panels: int,
+    weight: PackedWeight,
     lora_a: int,
     lora_b: int,
     hidden: int,
@@ -43,7 +46,7 @@ def importance(
     in_features: int,
     out_features: int,
     rank: int,
-    panels: int,
+    weight: PackedWeight,
     lora_a: int,
     lora_b: int,
     dlora_a: int,
@@ -134,8 +137,10 @@ def pack_weight(
     keep_columns: int,
     rows: int,
     columns: int,
-    panels: int,
+    packed: PackedWeight,
     num_threads: int,
     /,
 ) -> None: ...
-def unpack_weight(panels: int, out_features: int, in_features: int, weight: int, num_threads: int, /) -> None: ...
+def unpack_weight(
+    packed: PackedWeight, out_features: int, in_features: int, weight: int, num_threads: int, /
+) -> None: ...

@@ -73,13 +73,13 @@ class BaseModel:
             tensor: Tensor = file.get_tensor(stored)
         return tensor.float()
 
-    def reader(self) -> BaseReader:
-        """Returns what `shrink.install` reads from."""
+    def reader(self, dtype: str = "float32") -> BaseReader:
+        """Returns what `shrink.install` reads from; the weights are then held in that dtype."""
 
         def bias(name: str) -> Tensor | None:
             return self.read(f"{name}.bias") if self.stored_name(f"{name}.bias") else None
 
-        return BaseReader(weight=lambda name: self.read(f"{name}.weight"), bias=bias)
+        return BaseReader(weight=lambda name: self.read(f"{name}.weight"), bias=bias, dtype=dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer stored beside the weights."""

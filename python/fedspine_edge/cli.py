@@ -60,6 +60,9 @@ def simulate(
     dense_reference: Annotated[
         bool | None, typer.Option(help="Also run it unpruned, to compare with (the preset decides).")
     ] = None,
+    base_dtype: Annotated[
+        str | None, typer.Option(help="How devices hold the frozen weights: float32, bfloat16 or int8.")
+    ] = None,
     law: Annotated[Path | None, typer.Option(help="Step-time law, from fedspine profile --train.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME when not given.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
@@ -91,6 +94,7 @@ def simulate(
         engine,
         ray_address,
         method,
+        base_dtype,
     )
     overrides = run.Overrides(*table)
     run_dir = run.prepare(experiment, overrides, out=out, resume=resume)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from fedspine_edge.errors import UsageError, VerificationError
+from fedspine_edge.quantized import BASE_DTYPES
 
 commands = typer.Typer()
 
@@ -20,6 +21,7 @@ Data = Annotated[str, typer.Option(help="trec6, or a .jsonl or .csv with text an
 Text = Annotated[str, typer.Option(help="Real text for the check: trec6, or a .jsonl or .csv with text and label.")]
 Prompt = Annotated[str | None, typer.Option(help="A decoder's template, {text} for the text.")]
 Out = Annotated[Path | None, typer.Option(help="Where it goes.")]
+BaseDtype = Annotated[str, typer.Option(help="How the frozen weights are held: float32, bfloat16 or int8.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
@@ -115,6 +117,7 @@ def prune(
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="AdamW's step size.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    base_dtype: BaseDtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     out: Out = None,
     force: Force = False,
@@ -125,7 +128,7 @@ def prune(
     if ratio <= 0:
         raise UsageError(f"expected a ratio above 0, found {ratio}", hint="to tune without pruning: fedspine tune")
     _learn(model, data, prompt, out, force, as_json, quiet, pruning_ratio=ratio, mask_mode=mode, num_steps=steps,
-           batch_size=batch_size, learning_rate=learning_rate, rank=rank, seed=seed)  # fmt: skip
+           batch_size=batch_size, learning_rate=learning_rate, rank=rank, base_dtype=base_dtype, seed=seed)  # fmt: skip
 
 
 @commands.command()
@@ -138,6 +141,7 @@ def tune(
     batch_size: Annotated[int, typer.Option(help="Examples a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="AdamW's step size.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    base_dtype: BaseDtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     out: Out = None,
     force: Force = False,
@@ -146,7 +150,7 @@ def tune(
 ) -> None:
     """Tune a model of your own, pruned or not, on your own data."""
     _learn(model, data, prompt, out, force, as_json, quiet, num_steps=steps, batch_size=batch_size,
-           learning_rate=learning_rate, rank=rank, seed=seed)  # fmt: skip
+           learning_rate=learning_rate, rank=rank, base_dtype=base_dtype, seed=seed)  # fmt: skip
 
 
 def _learn(model: str, data: str, prompt: str | None, out: Path | None, force: bool, as_json: bool, quiet: bool,
@@ -174,6 +178,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Texts a step.", min=1)] = 8,
     ratio: Annotated[float, typer.Option(help="Share of heads and FFN channels gone, 0 to 0.9.")] = 0.0,
     rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 16,
+    base_dtype: BaseDtype = "float32",
     measure: Annotated[bool, typer.Option("--measure", help="Run real steps too and print both.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -181,7 +186,9 @@ def plan(
     from fedspine_edge.commands.plan import plan as foresee
     from fedspine_edge.memory_plan import StepShape
 
-    found = foresee(model, StepShape(batch, seq, rank), pruning_ratio=ratio, measure=measure)
+    if base_dtype not in BASE_DTYPES:
+        raise UsageError(f"expected a base dtype of {', '.join(BASE_DTYPES)}, found {base_dtype!r}")
+    found = foresee(model, StepShape(batch, seq, rank, base_dtype), pruning_ratio=ratio, measure=measure)
     typer.echo(json.dumps(found.record(), indent=2) if as_json else found.lines())
 
 

@@ -69,11 +69,13 @@ def run_round(
     start = time.perf_counter()
     pruner = _Pruner(assignment, bench.layout, state)
     keep = pruner.mask(0)
-    shape = StepShape(assignment.batch_size, max(map(len, examples.rows)), assignment.rank)
+    longest = max(map(len, examples.rows))
+    shape = StepShape(assignment.batch_size, longest, assignment.rank, assignment.base_dtype)
     check_memory(bench.model, bench.layout, kept_counts(keep), shape, available_bytes=available_memory_bytes())
     mean_inputs = arrays(assignment.tensors, "mean_input")
     factors = assigned_factors(assignment, bench.layout, keep)
-    shrunk = bench.fit(keep, factors, scaling=assignment.scaling, mean_inputs=mean_inputs)
+    fit = dataclasses.replace(bench, base_dtype=assignment.base_dtype).fit
+    shrunk = fit(keep, factors, scaling=assignment.scaling, mean_inputs=mean_inputs)
     load_task_head(bench.model, assignment)
     batches = training_batches(
         examples, batch_size=assignment.batch_size, num_batches=assignment.num_steps, seed=assignment.seed

@@ -1,15 +1,14 @@
 """The one door to the native kernels: checks shapes, dtypes and devices, then calls `_native` or `reference`.
 
-Tensors are float32 on the CPU. A frozen base weight is packed once (`pack`) and then serves the forward and the
-backward of `lora_linear` and the `importance` of its members. Without the extension everything works in plain torch,
-slower; `backend()` says which it is. The number of threads is torch's.
+Tensors are float32 on the CPU. A frozen base weight is packed once (`pack`, in `gather`), in float32 or fewer bits, and
+then serves the forward and the backward of `lora_linear` and the `importance` of its members. Without the extension
+everything works in plain torch, slower; `backend()` says which it is. The number of threads is torch's.
 
 Source: FedSpine (arXiv 2501.02438); csrc/README.md for layout and accumulators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,102 +18,16 @@ from torch.autograd.function import once_differentiable
 
 from fedspine_edge import reference
 from fedspine_edge.backends import BACKENDS, available_isas, backend, isa, use_backend, use_isa
-from fedspine_edge.tensor_checks import KeptMatrix, check_kept, check_linear, check_tensor
+from fedspine_edge.gather import PackedWeight, address, gather_columns, gather_rows, pack, unpack
+from fedspine_edge.quantized import BASE_DTYPES
+from fedspine_edge.tensor_checks import check_linear, check_tensor
 
 if "native" in BACKENDS:
     from fedspine_edge import _native
 
-__all__ = ["PackedWeight", "gather_columns", "gather_rows", "importance", "lora_linear", "pack", "unpack"]
+__all__ = ["BASE_DTYPES", "PackedWeight", "gather_columns", "gather_rows", "pack", "unpack"]
+__all__ += ["importance", "lora_linear"]
 __all__ += ["available_isas", "backend", "isa", "use_backend", "use_isa"]
-
-
-@dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """A frozen base weight in the kernels' layout, unneeded rows and columns left out.
-
-    Attributes:
-        out_features: Outputs after the gather (O).
-        in_features: Inputs after the gather (I).
-        panels: Panels of 32 outputs, float32 [ceil(O / 32), I, 32]; never written after packing.
-    """
-
-    out_features: int
-    in_features: int
-    panels: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the panels take."""
-        return self.panels.nbytes
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
-        """Returns itself: frozen, so the copies of a model share it."""
-        return self
-
-
-def pack(base_weight: Tensor, *, keep_out: Tensor | None = None, keep_in: Tensor | None = None) -> PackedWeight:
-    """Returns a frozen weight in the kernels' layout, only what is kept of it.
-
-    Args:
-        base_weight: [out, in], float32; a memory-mapped tensor or a slice of rows is read in place.
-        keep_out: Kept outputs, sorted unique int64 [O], at least one; None for all.
-        keep_in: Kept inputs, sorted unique int64 [I], at least one; None for all.
-
-    Raises:
-        ValueError: The weight is not such a matrix, or a list of kept features is not as described or is empty.
-    """
-    kept = check_kept("base_weight", base_weight, ("keep_out", keep_out), ("keep_in", keep_in))
-    out_features, in_features = kept.shape
-    if out_features == 0 or in_features == 0:
-        raise ValueError(f"expected at least one kept output and input, found {out_features} and {in_features}")
-    if backend() == "reference":
-        return PackedWeight(out_features, in_features, reference.pack(_gather_plainly(kept)))
-    panels = torch.empty(-(-out_features // _native.PANEL_WIDTH), in_features, _native.PANEL_WIDTH)
-    _call_on_kept(_native.pack_weight, kept, panels)
-    return PackedWeight(out_features, in_features, panels)
-
-
-def unpack(packed: PackedWeight) -> Tensor:
-    """Returns the weight a packed weight holds, [O, I]."""
-    if backend() == "reference":
-        return reference.unpack(packed.panels, packed.out_features)
-    weight = torch.empty(packed.out_features, packed.in_features)
-    _native.unpack_weight(
-        packed.panels.data_ptr(), packed.out_features, packed.in_features, weight.data_ptr(), torch.get_num_threads()
-    )
-    return weight
-
-
-def gather_rows(m: Tensor, keep: Tensor) -> Tensor:
-    """Returns the kept rows of a matrix, compact; not differentiable.
-
-    Args:
-        m: [rows, columns], float32.
-        keep: Sorted unique row indices, int64 [K]; may be empty.
-
-    Returns:
-        [K, columns].
-
-    Raises:
-        ValueError: `m` or `keep` is not as described.
-    """
-    return _gather(check_kept("m", m, ("keep", keep), ("keep", None)))
-
-
-def gather_columns(m: Tensor, keep: Tensor) -> Tensor:
-    """Returns the kept columns of a matrix, compact; not differentiable.
-
-    Args:
-        m: [rows, columns], float32.
-        keep: Sorted unique column indices, int64 [K]; may be empty.
-
-    Returns:
-        [rows, K].
-
-    Raises:
-        ValueError: `m` or `keep` is not as described.
-    """
-    return _gather(check_kept("m", m, ("keep", None), ("keep", keep)))
 
 
 def lora_linear(
@@ -197,8 +110,8 @@ def importance(
     scores = torch.empty(packed.out_features if axis == "out" else packed.in_features)
     a, b, da, db = (factor.data_ptr() for factor in factors)
     sizes = (packed.in_features, packed.out_features, rank)
-    address, threads = scores.data_ptr(), torch.get_num_threads()
-    _native.importance(*sizes, packed.panels.data_ptr(), a, b, da, db, scaling, axis == "out", address, threads)
+    out, threads = scores.data_ptr(), torch.get_num_threads()
+    _native.importance(*sizes, packed.native(), a, b, da, db, scaling, axis == "out", out, threads)
     return scores
 
 
@@ -226,15 +139,15 @@ class _LoraLinear(torch.autograd.Function):
         _native.lora_linear_backward(
             *_sizes(packed, dy.numel() // packed.out_features, lora_a),
             dy.data_ptr(),
-            _address(x),
-            packed.panels.data_ptr(),
-            _address(lora_a),
-            _address(lora_b),
-            _address(hidden),
+            address(x),
+            packed.native(),
+            address(lora_a),
+            address(lora_b),
+            address(hidden),
             ctx.layer.scaling,
-            _address(dx),
-            _address(da),
-            _address(db),
+            address(dx),
+            address(da),
+            address(db),
             torch.get_num_threads(),
         )
         dbias = dy.reshape(-1, packed.out_features).sum(0) if needs_bias else None
@@ -258,13 +171,13 @@ def _forward(
     _native.lora_linear_forward(
         *_sizes(packed, x.numel() // packed.in_features, lora_a),
         x.data_ptr(),
-        packed.panels.data_ptr(),
-        _address(bias),
-        _address(lora_a),
-        _address(lora_b),
+        packed.native(),
+        address(bias),
+        address(lora_a),
+        address(lora_b),
         layer.scaling,
         y.data_ptr(),
-        _address(hidden),
+        address(hidden),
         torch.get_num_threads(),
     )
     return y
@@ -276,25 +189,3 @@ def _sizes(packed: PackedWeight, tokens: int, lora_a: Tensor | None) -> tuple[in
 
 def _compact(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _gather(kept: KeptMatrix) -> Tensor:
-    if backend() == "reference":
-        return _gather_plainly(kept)
-    out = torch.empty(kept.shape)
-    _call_on_kept(_native.gather, kept, out)
-    return out
-
-
-def _gather_plainly(kept: KeptMatrix) -> Tensor:
-    rows = kept.matrix if kept.keep_rows is None else reference.gather_rows(kept.matrix, kept.keep_rows)
-    return rows if kept.keep_columns is None else reference.gather_columns(rows, kept.keep_columns)
-
-
-def _call_on_kept(function: Callable[..., None], kept: KeptMatrix, out: Tensor) -> None:
-    matrix, keeps = kept.matrix, (_address(kept.keep_rows), _address(kept.keep_columns))
-    function(matrix.data_ptr(), matrix.stride(0), *keeps, *kept.shape, out.data_ptr(), torch.get_num_threads())
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

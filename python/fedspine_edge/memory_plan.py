@@ -25,6 +25,7 @@ from fedspine_edge.structure import Family, family_of
 from fedspine_edge.tuning import MAX_PART_TOKENS
 
 FLOAT = 4
+ELEMENT = {"float32": FLOAT, "bfloat16": 2, "int8": 1}  # of a frozen weight
 ANSWER_TOKENS = 2  # of a decoder's row: the class as a word, and the end of the sequence
 SCRATCH_BYTES = 3 << 20  # a thread: packed blocks of x and dy, and the rows of A and B in panels
 HEAP_SLACK = {"decoder": 1.3, "classifier": 0.35}
@@ -41,11 +42,13 @@ class StepShape:
         batch_size: Texts a step.
         tokens: Tokens of the longest text.
         rank: LoRA rank.
+        base_dtype: How the frozen weights are held.
     """
 
     batch_size: int
     tokens: int
     rank: int
+    base_dtype: str = "float32"
 
     @property
     def part_rows(self) -> int:
@@ -93,7 +96,7 @@ def plan_step(
     sizes = [_kept_shape(layout, matrix, kept) for matrix in layout.matrices]
     factors = sum(shape.rank * (rows + columns) for rows, columns in sizes)
     trained = factors + sum(int(np.prod(dims)) for _, dims in layout.task_head)
-    packed = sum(-(-rows // PANEL_WIDTH) * PANEL_WIDTH * columns + rows for rows, columns in sizes)
+    packed = sum(_packed_bytes(rows, columns, shape.base_dtype) for rows, columns in sizes)
     layers = _layers(config, family, layout, kept, shape)
     part_tokens = shape.part_rows * shape.tokens
     table = DECODER if family.task == "decoder" else ENCODER
@@ -103,7 +106,7 @@ def plan_step(
     slack = int(HEAP_SLACK[family.task] * activations)
     widest = max(max(3 * w.channels, 2 * w.query + 2 * w.key) + 3 * w.hidden for w in layers)
     return MemoryPlan(
-        base=FLOAT * (packed + other_parameters),
+        base=packed + FLOAT * other_parameters,
         lora=FLOAT * 2 * trained,
         optimizer=FLOAT * 2 * trained,
         activations=activations,
@@ -126,7 +129,9 @@ def tensor_bytes(model: nn.Module) -> int:
     """Returns what a model's tensors take, packed weights and gradients included, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    tensors += [module.packed.panels for module in model.modules() if isinstance(module, LoRALinear)]
+    tensors += [
+        tensor for module in model.modules() if isinstance(module, LoRALinear) for tensor in module.packed.tensors
+    ]
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
     return sum(held.values())
 
@@ -175,6 +180,12 @@ def _kept_shape(layout: Layout, matrix: Matrix, kept: Mapping[str, int]) -> tupl
         return whole if group is None else whole // layout.group(group).num_members * kept[group]
 
     return features(matrix.out_group, matrix.out_features), features(matrix.in_group, matrix.in_features)
+
+
+def _packed_bytes(rows: int, columns: int, dtype: str) -> int:
+    """Of a packed matrix with its bias."""
+    padded = -(-rows // PANEL_WIDTH) * PANEL_WIDTH
+    return ELEMENT[dtype] * padded * columns + (FLOAT * padded if dtype == "int8" else 0) + FLOAT * rows
 
 
 def _layers(

@@ -154,6 +154,7 @@ class Assignment:
         budget_seconds: Local work after which the device stops by its own clock; None does all `num_steps`.
         min_steps: Iterations that it does all the same.
         update_dtype: How the answer's factors travel: `float16`, `int8` or `int4` (`quantized`).
+        base_dtype: How the device holds the frozen weights: `float32`, `bfloat16` or `int8`.
     """
 
     run_id: str
@@ -176,6 +177,7 @@ class Assignment:
     budget_seconds: float | None = None
     min_steps: int = 1
     update_dtype: str = "float16"
+    base_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,7 @@ def unpack(frame: bytes, *, max_bytes: int) -> bytes:
 
 def assignment_from_bytes(blob: bytes) -> Assignment:
     """Returns the assignment in a blob made by `to_bytes`; raises IncompatibleError as `update_from_bytes` does."""
-    scalars, tensors = _from_bytes(blob, "Assignment")
-    return _build(Assignment, scalars, tensors)
+    return _build(Assignment, *_from_bytes(blob, "Assignment"))
 
 
 def update_from_bytes(blob: bytes) -> Update:
@@ -291,8 +292,7 @@ Message = TypeVar("Message")
 
 
 def _build(message_type: type[Message], scalars: dict[str, Any], tensors: Mapping[str, np.ndarray] | None) -> Message:
-    if tensors is not None:
-        scalars = {**scalars, "tensors": tensors}
+    scalars = scalars if tensors is None else {**scalars, "tensors": tensors}
     try:
         return message_type(**scalars)
     except TypeError as error:

@@ -24,6 +24,7 @@ from fedspine_edge.protocol import Layout, Update, expand_members
 
 LEVELS = {"int8": 127, "int4": 7}
 UPDATE_DTYPES = ("float16", *LEVELS)
+BASE_DTYPES = ("float32", "bfloat16", "int8")  # how a device may hold the frozen weights (`gather.pack`)
 BLOCK = 64
 RIDGE = 1e-6  # of the mean energy of A's rows
 DAMPING = 1e-2  # of B's columns: a component that has hardly begun must not be bent far

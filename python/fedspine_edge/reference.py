@@ -45,19 +45,36 @@ def gather_columns(matrix: Tensor, keep: Tensor) -> Tensor:
     return matrix[:, keep].contiguous()
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Returns a weight [O, I] as panels of 32 outputs, [ceil(O / 32), I, 32], zeros beyond the last output."""
+def pack(weight: Tensor, dtype: str = "float32") -> tuple[Tensor, Tensor | None]:
+    """Returns a weight [O, I] as panels of 32 outputs, [ceil(O / 32), I, 32], zeros beyond the last output.
+
+    Args:
+        weight: [O, I], float32.
+        dtype: `float32`, `bfloat16` (the nearest, ties to even), or `int8`: codes of -127 to 127 times the output's
+            scale, its largest |w| / 127; NaN when one is not finite.
+
+    Returns:
+        The panels, and of int8 the scales [ceil(O / 32), 32].
+    """
     out_features, in_features = weight.shape
     num_panels = -(-out_features // PANEL_WIDTH)
     padded = weight.new_zeros(num_panels * PANEL_WIDTH, in_features)
     padded[:out_features] = weight
-    return padded.reshape(num_panels, PANEL_WIDTH, in_features).transpose(1, 2).contiguous()
+    scales = None
+    if dtype == "int8":
+        finite = padded.isfinite().all(dim=1)
+        scales = torch.where(finite, padded.abs().amax(dim=1) / 127, torch.nan)
+        codes = (padded / scales[:, None]).round().clamp(-127, 127)
+        padded, scales = torch.where(scales[:, None] > 0, codes, 0.0), scales.view(num_panels, PANEL_WIDTH)
+    panels = padded.reshape(num_panels, PANEL_WIDTH, in_features).transpose(1, 2).contiguous()
+    return panels.to(getattr(torch, dtype)), scales
 
 
-def unpack(panels: Tensor, out_features: int) -> Tensor:
-    """Returns the weight [O, I] that `pack` made the panels from."""
+def unpack(panels: Tensor, scales: Tensor | None, out_features: int) -> Tensor:
+    """Returns the weight [O, I] that panels stand for."""
     num_panels, in_features, _ = panels.shape
-    return panels.transpose(1, 2).reshape(num_panels * PANEL_WIDTH, in_features)[:out_features].contiguous()
+    values = panels.float() if scales is None else panels.float() * scales[:, None]
+    return values.transpose(1, 2).reshape(num_panels * PANEL_WIDTH, in_features)[:out_features].contiguous()
 
 
 def lora_linear(

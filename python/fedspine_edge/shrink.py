@@ -35,10 +35,12 @@ class BaseReader:
     Attributes:
         weight: Matrix name -> its base weight [O, I], float32.
         bias: Matrix name -> its base bias [O], float32, or None.
+        dtype: How the weights are held once they are read: a name of `kernels.BASE_DTYPES`.
     """
 
     weight: ReadTensor
     bias: Callable[[str], Tensor | None]
+    dtype: str = "float32"
 
 
 def kept_features(
@@ -103,7 +105,7 @@ def install(
         weight, rows, columns, bias = shrunk_parts(
             layout, matrix, keep, base=base, mean_input=mean_inputs.get(matrix.name)
         )
-        packed = kernels.pack(weight, keep_out=rows, keep_in=columns)
+        packed = kernels.pack(weight, keep_out=rows, keep_in=columns, dtype=base.dtype)
         lora_a, lora_b = factors[matrix.name]
         linear = LoRALinear(packed, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling)
         replace_module(model, matrix.name, linear)

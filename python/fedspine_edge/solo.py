@@ -9,6 +9,7 @@ Source: LoRAPrune (arXiv 2305.18403) for the cubic schedule; FLAP (arXiv 2312.11
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from fedspine_edge.lora import fresh_factors
 from fedspine_edge.masks import MODES, Keep, choose, keep_all, kept_counts
 from fedspine_edge.memory_plan import StepShape, check_memory
 from fedspine_edge.protocol import Layout
+from fedspine_edge.quantized import BASE_DTYPES
 from fedspine_edge.shrink import kept_features
 from fedspine_edge.tuning import ShrunkModel, Tuned, tune, updated_means
 from fedspine_edge.workbench import GlobalModel, Workbench
@@ -46,6 +48,7 @@ class SoloSettings:
         prune_interval: Steps between two prunings.
         mask_mode: `uniform` (stock loaders take the model) or `per-layer` (better accuracy).
         seed: Seed of the LoRA factors and of the order of the examples.
+        base_dtype: How the frozen weights are held: `float32`, `bfloat16` or `int8`.
     """
 
     pruning_ratio: float = 0.0
@@ -57,6 +60,7 @@ class SoloSettings:
     prune_interval: int = 5
     mask_mode: str = "per-layer"
     seed: int = 0
+    base_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not 0 <= self.pruning_ratio <= 0.9:
@@ -66,6 +70,8 @@ class SoloSettings:
                 raise UsageError(f"expected {name} of at least 1, found {getattr(self, name)}")
         if self.mask_mode not in MODES:
             raise UsageError(f"expected mask mode {' or '.join(MODES)}, found {self.mask_mode!r}")
+        if self.base_dtype not in BASE_DTYPES:
+            raise UsageError(f"expected a base dtype of {', '.join(BASE_DTYPES)}, found {self.base_dtype!r}")
         fewest = round(FEWEST_WARM_UP_STEPS / (1 - COOL_DOWN)) + self.prune_interval
         if self.pruning_ratio > 0 and self.num_steps < fewest:
             raise UsageError(
@@ -103,11 +109,12 @@ def prune_and_tune(
         TuningError: The loss is not finite.
     """
     layout = bench.layout
-    shape = StepShape(settings.batch_size, max(map(len, examples.rows)), settings.rank)
+    shape = StepShape(settings.batch_size, max(map(len, examples.rows)), settings.rank, settings.base_dtype)
     kept = kept_counts(keep_all(layout))
     check_memory(bench.model, layout, kept, shape, available_bytes=available_memory_bytes())
     generator = torch.Generator().manual_seed(settings.seed)
     factors = {m.name: fresh_factors(m.out_features, m.in_features, settings.rank, generator) for m in layout.matrices}
+    bench = dataclasses.replace(bench, base_dtype=settings.base_dtype)
     shrunk = bench.fit(keep_all(layout), factors, scaling=settings.scaling, mean_inputs={})
     batches = training_batches(
         examples, batch_size=settings.batch_size, num_batches=settings.num_steps, seed=settings.seed

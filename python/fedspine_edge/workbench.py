@@ -31,16 +31,18 @@ class Workbench:
         model: The model; its prunable layers are replaced each round.
         layout: Its layout.
         choices: First token of each class's word for a decoder, None for a classifier.
+        base_dtype: How the frozen weights are held: a name of `kernels.BASE_DTYPES`.
     """
 
     base: BaseModel
     model: Any
     layout: Layout
     choices: list[int] | None
+    base_dtype: str = "float32"
 
     def fit(self, keep: Keep, factors: Factors, *, scaling: float, mean_inputs: dict[str, np.ndarray]) -> ShrunkModel:
         """Returns the model shrunk to `keep`, with the given factors."""
-        shrunk = ShrunkModel(self.model, self.layout, keep, self.base.reader(), scaling, mean_inputs)
+        shrunk = ShrunkModel(self.model, self.layout, keep, self.base.reader(self.base_dtype), scaling, mean_inputs)
         shrunk.load(factors)
         return shrunk
 

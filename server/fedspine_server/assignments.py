@@ -94,6 +94,7 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
         budget_seconds=choice.budget_seconds,
         min_steps=choice.min_steps,
         update_dtype=settings.update_dtype,
+        base_dtype=settings.base_dtype,
     )
 
 

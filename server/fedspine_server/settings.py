@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedspine_edge.quantized import UPDATE_DTYPES
+from fedspine_edge.quantized import BASE_DTYPES, UPDATE_DTYPES
 
 CONTROLLER_NAMES = ("structured", "sucb", "hoo", "grid-ucb", "fixed")
 AGGREGATION_NAMES = ("spine", "hetlora", "flexlora", "flora", "fedavg", "trimmed-mean", "median")
@@ -50,6 +50,8 @@ class RunSettings:
         trim_share: Share of the devices that aggregation `trimmed-mean` leaves out at either end, entry by entry.
         clip_factor: A device that moved a matrix farther than this times the median device is drawn back; 0 for none.
         update_dtype: What devices send their factors as: `float16`, `int8` or `int4`, masks then as bits.
+        base_dtype: What devices hold the frozen weights as: `float32`, `bfloat16` (half the memory; exact for a model
+            published in it) or `int8` (a quarter, rounded).
         example_weights: Weight of a device: its `examples`, their square root (steadier when shards are very
             unequal) or `equal`.
         mask_agreement: Share of the server's importance in a device's ranking of members (rho); 1 in cool-down.
@@ -85,6 +87,7 @@ class RunSettings:
     trim_share: float = 0.25
     clip_factor: float = 0.0
     update_dtype: str = "float16"
+    base_dtype: str = "float32"
     example_weights: str = "examples"
     mask_agreement: float = 0.7
     mask_mode: str = "uniform"
@@ -180,6 +183,7 @@ def _check_names(settings: RunSettings) -> None:
         "schedule": SCHEDULES,
         "importance": IMPORTANCES,
         "update_dtype": UPDATE_DTYPES,
+        "base_dtype": BASE_DTYPES,
         "example_weights": EXAMPLE_WEIGHTS,
     }
     for name, allowed in choices.items():

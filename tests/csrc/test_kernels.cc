@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,7 @@
 namespace {
 
 using fedspine::LinearShape;
+using fedspine::WeightFormat;
 
 std::string Describe(const char* what, const LinearShape& shape, int threads) {
   return std::string(what) + " T=" + std::to_string(shape.tokens) +
@@ -21,11 +23,42 @@ std::string Describe(const char* what, const LinearShape& shape, int threads) {
          " R=" + std::to_string(shape.rank) + " threads=" + std::to_string(threads);
 }
 
-Floats Pack(const Floats& weight, Index rows, Index columns) {
-  const Index panels = (rows + fedspine::kPanelWidth - 1) / fedspine::kPanelWidth;
-  Floats out(Size(panels * fedspine::kPanelWidth * columns));
-  fedspine::PackWeight({weight.data(), columns, nullptr, nullptr, rows, columns}, out.data(), 1);
-  return out;
+constexpr WeightFormat kFormats[] = {WeightFormat::kFloat32, WeightFormat::kBfloat16,
+                                     WeightFormat::kInt8};
+
+// A packed weight with its memory, exactly as much as it needs.
+struct Packed {
+  Packed(const fedspine::KeptMatrix& matrix, WeightFormat weight_format)
+      : format(weight_format),
+        panels(Size(Padded(matrix.rows) * matrix.columns * Bytes(format)), 0xff),
+        scales(format == WeightFormat::kInt8 ? Size(Padded(matrix.rows)) : 0) {
+    fedspine::PackWeight(matrix, {panels.data(), Scales(), format}, 1);
+  }
+
+  static Index Padded(Index rows) {
+    return (rows + fedspine::kPanelWidth - 1) / fedspine::kPanelWidth * fedspine::kPanelWidth;
+  }
+  static Index Bytes(WeightFormat format) {
+    return format == WeightFormat::kFloat32 ? 4 : format == WeightFormat::kBfloat16 ? 2 : 1;
+  }
+  float* Scales() { return scales.empty() ? nullptr : scales.data(); }
+  fedspine::PackedWeight Get() const {
+    return {panels.data(), scales.empty() ? nullptr : scales.data(), format};
+  }
+
+  WeightFormat format;
+  std::vector<unsigned char> panels;
+  Floats scales;
+};
+
+Packed Pack(const Floats& weight, Index rows, Index columns, WeightFormat format) {
+  return Packed({weight.data(), columns, nullptr, nullptr, rows, columns}, format);
+}
+
+Floats Unpack(const Packed& packed, Index rows, Index columns, int threads) {
+  Floats weight(Size(rows * columns));
+  fedspine::UnpackWeight(packed.Get(), rows, columns, weight.data(), threads);
+  return weight;
 }
 
 struct Outputs {
@@ -33,15 +66,16 @@ struct Outputs {
 };
 
 struct Layer {
-  explicit Layer(const LinearShape& s)
+  explicit Layer(const LinearShape& s, WeightFormat format = WeightFormat::kFloat32)
       : shape(s),
         x(Draw(s.tokens * s.in_features, 1)),
-        w(Draw(s.out_features * s.in_features, 2)),
         bias(Draw(s.out_features, 3)),
         a(Draw(s.rank * s.in_features, 4)),
         b(Draw(s.out_features * s.rank, 5)),
         dy(Draw(s.tokens * s.out_features, 6)),
-        panels(Pack(w, s.out_features, s.in_features)) {}
+        packed(
+            Pack(Draw(s.out_features * s.in_features, 2), s.out_features, s.in_features, format)),
+        w(Unpack(packed, s.out_features, s.in_features, 1)) {}
 
   Outputs Run(int threads) const {
     const fedspine::KernelTable& kernels = fedspine::Kernels();
@@ -55,13 +89,13 @@ struct Layer {
     {
       const Scratch scratch(kernels.lora_linear_forward_scratch(shape, threads));
       kernels.lora_linear_forward(
-          {shape, x.data(), panels.data(), bias.data(), a.data(), b.data(), kScaling, out.y.data(),
+          {shape, x.data(), packed.Get(), bias.data(), a.data(), b.data(), kScaling, out.y.data(),
            low_rank ? out.hidden.data() : nullptr, threads},
           scratch.get());
     }
     const Scratch scratch(kernels.lora_linear_backward_scratch(shape, threads));
     kernels.lora_linear_backward(
-        {shape, dy.data(), x.data(), panels.data(), a.data(), b.data(), out.hidden.data(), kScaling,
+        {shape, dy.data(), x.data(), packed.Get(), a.data(), b.data(), out.hidden.data(), kScaling,
          out.dx.data(), low_rank ? out.da.data() : nullptr, low_rank ? out.db.data() : nullptr,
          threads},
         scratch.get());
@@ -92,7 +126,9 @@ struct Layer {
 
   static constexpr float kScaling = 2.0f;
   LinearShape shape;
-  Floats x, w, bias, a, b, dy, panels;
+  Floats x, bias, a, b, dy;
+  Packed packed;
+  Floats w;  // What the panels stand for.
 };
 
 void TestLayerMatchesPlainLoops() {
@@ -106,33 +142,39 @@ void TestLayerMatchesPlainLoops() {
       }
     }
   }
-  const Layer deep({40, 1100, 33, 8});  // More than two blocks of depth.
-  deep.Check(deep.Run(1), "layer", 1);
-  const Layer long_run({600, 40, 33, 17});  // More than two blocks of tokens.
-  long_run.Check(long_run.Run(1), "layer", 1);
+  for (const WeightFormat format : kFormats) {
+    // More than two blocks of depth, forward and backward; more than two of tokens; no low-rank.
+    for (const LinearShape& shape : {LinearShape{40, 1100, 33, 8}, LinearShape{7, 33, 1100, 3},
+                                     LinearShape{600, 40, 33, 17}, LinearShape{1, 1, 1, 0}}) {
+      const Layer layer(shape, format);
+      layer.Check(layer.Run(1), "formats", 1);
+    }
+  }
 }
 
 void TestThreadsDoNotChangeABit() {
   for (const LinearShape& shape : {LinearShape{16, 384, 384, 16}, LinearShape{301, 97, 161, 17},
                                    LinearShape{700, 96, 100, 8}}) {
-    const Layer layer(shape);
-    const Outputs one = layer.Run(1);
-    layer.Check(one, "threads", 1);
-    for (const int threads : {2, 3, 5}) {
-      const Outputs many = layer.Run(threads);
-      if (many.y != one.y || many.hidden != one.hidden || many.dx != one.dx || many.da != one.da ||
-          many.db != one.db) {
-        Fail(Describe("bits differ", shape, threads));
+    for (const WeightFormat format : kFormats) {
+      const Layer layer(shape, format);
+      const Outputs one = layer.Run(1);
+      layer.Check(one, "threads", 1);
+      for (const int threads : {2, 3, 5}) {
+        const Outputs many = layer.Run(threads);
+        if (many.y != one.y || many.hidden != one.hidden || many.dx != one.dx ||
+            many.da != one.da || many.db != one.db) {
+          Fail(Describe("bits differ", shape, threads));
+        }
       }
     }
   }
 }
 
-void TestImportanceMatchesPlainLoops() {
+void TestImportanceMatchesPlainLoops(WeightFormat format) {
   for (const LinearShape& shape : {LinearShape{1, 1, 1, 1}, LinearShape{1, 97, 33, 3},
                                    LinearShape{1, 31, 130, 17}, LinearShape{1, 300, 200, 8}}) {
     const auto [t, i, o, r] = shape;
-    const Layer layer(shape);
+    const Layer layer(shape, format);
     const Floats da = Draw(r * i, 7), db = Draw(o * r, 8);
     const Doubles a64 = ToDouble(layer.a), b64 = ToDouble(layer.b);
     Doubles gradient = Product(ToDouble(db), a64, o, r, i);
@@ -152,7 +194,7 @@ void TestImportanceMatchesPlainLoops() {
         const fedspine::KernelTable& kernels = fedspine::Kernels();
         const Scratch scratch(kernels.importance_scratch(shape));
         Floats out(Size(by_output ? o : i));
-        kernels.importance({shape, layer.panels.data(), layer.a.data(), layer.b.data(), da.data(),
+        kernels.importance({shape, layer.packed.Get(), layer.a.data(), layer.b.data(), da.data(),
                             db.data(), Layer::kScaling, by_output, out.data(), threads},
                            scratch.get());
         ExpectClose(out, by_output ? rows : columns, Describe("importance", shape, threads));
@@ -218,27 +260,69 @@ void TestGatherAndPack() {
   Floats out(4);
   fedspine::Gather({matrix.data(), 4, rows.data(), columns.data(), 2, 2}, out.data(), 1);
   if (out != Floats{1, 3, 9, 11}) Fail("gather");
-  Floats panels(2 * fedspine::kPanelWidth, -1.0f);
-  fedspine::PackWeight({matrix.data(), 4, rows.data(), columns.data(), 2, 2}, panels.data(), 1);
+  const fedspine::KeptMatrix kept = {matrix.data(), 4, rows.data(), columns.data(), 2, 2};
+  const Packed small(kept, WeightFormat::kFloat32);
+  Floats panels(2 * fedspine::kPanelWidth);
+  std::memcpy(panels.data(), small.panels.data(), small.panels.size());
   if (panels[0] != 1 || panels[1] != 9 || panels[2] != 0 || panels[32] != 3 || panels[33] != 11) {
     Fail("pack");
   }
+  const Packed codes(kept, WeightFormat::kInt8);
+  const auto code = [&](std::size_t at) { return static_cast<std::int8_t>(codes.panels[at]); };
+  if (code(0) != 42 || code(1) != 104 || code(2) != 0 || code(32) != 127 || code(33) != 127 ||
+      codes.scales[0] != 3.0f / 127 || codes.scales[1] != 11.0f / 127 || codes.scales[2] != 0) {
+    Fail("pack int8");
+  }
   const Floats weight = Draw(333 * 500, 9);
-  Floats back(weight.size());
-  fedspine::UnpackWeight(Pack(weight, 333, 500).data(), 333, 500, back.data(), 2);
-  if (back != weight) Fail("unpack");
+  if (Unpack(Pack(weight, 333, 500, WeightFormat::kFloat32), 333, 500, 2) != weight) {
+    Fail("unpack");
+  }
+  const Floats halves = Unpack(Pack(weight, 333, 500, WeightFormat::kBfloat16), 333, 500, 2);
+  if (Unpack(Pack(halves, 333, 500, WeightFormat::kBfloat16), 333, 500, 1) != halves) {
+    Fail("bfloat16 is not exact of what was rounded to it");
+  }
+  const Floats bytes = Unpack(Pack(weight, 333, 500, WeightFormat::kInt8), 333, 500, 2);
+  for (std::size_t row = 0; row < 333; ++row) {
+    float largest = 0;
+    for (std::size_t i = 0; i < 500; ++i) {
+      largest = std::max(largest, std::fabs(weight[row * 500 + i]));
+    }
+    for (std::size_t i = row * 500; i < (row + 1) * 500; ++i) {
+      if (std::fabs(halves[i] - weight[i]) > std::fabs(weight[i]) / 256) Fail("bfloat16 is far");
+      if (std::fabs(bytes[i] - weight[i]) > largest / 127 * 0.5001f) Fail("int8 is far");
+    }
+  }
+}
+
+// What is not finite, and what is hardly a number.
+void TestUnusualWeights() {
+  const float nan = std::nanf(""), infinity = HUGE_VALF;
+  const Floats odd = {nan, 1, infinity, 2, 0, 0, 1e-44f, -1e-45f, 3e38f, -3e38f};  // [5, 2]
+  const Floats halves = Unpack(Pack(odd, 5, 2, WeightFormat::kBfloat16), 5, 2, 1);
+  if (!std::isnan(halves[0]) || halves[1] != 1 || halves[2] != infinity || halves[4] != 0) {
+    Fail("bfloat16 of what is not finite");
+  }
+  const Floats bytes = Unpack(Pack(odd, 5, 2, WeightFormat::kInt8), 5, 2, 1);
+  for (const std::size_t i : {0, 1, 2, 3}) {
+    if (!std::isnan(bytes[i])) Fail("int8 of a row that is not finite");
+  }
+  if (bytes[4] != 0 || bytes[5] != 0 || std::fabs(bytes[6]) > 2e-44f ||
+      std::fabs(bytes[8] - 3e38f) > 1e33f || std::fabs(bytes[9] + 3e38f) > 1e33f) {
+    Fail("int8 of zeros and extremes");
+  }
 }
 
 }  // namespace
 
 int main() {
   TestGatherAndPack();
+  TestUnusualWeights();
   for (const fedspine::KernelTable* const* table = fedspine::AvailableKernels(); *table != nullptr;
        ++table) {
     if (!fedspine::UseKernels((*table)->name)) Fail("cannot be chosen");
     TestLayerMatchesPlainLoops();
     TestThreadsDoNotChangeABit();
-    TestImportanceMatchesPlainLoops();
+    for (const WeightFormat format : kFormats) TestImportanceMatchesPlainLoops(format);
     TestRmsNormMatchesPlainLoops();
     std::printf("%s done\n", (*table)->name);
   }

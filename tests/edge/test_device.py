@@ -13,7 +13,7 @@ from fedspine_edge.checkpoint import load_device_state, load_pruned, save_device
 from fedspine_edge.data import Example
 from fedspine_edge.device import DeviceState, run_round
 from fedspine_edge.errors import CheckpointError, IncompatibleError, MemoryLimitError, TuningError
-from fedspine_edge.lora import fresh_factors
+from fedspine_edge.lora import LoRALinear, fresh_factors
 from fedspine_edge.masks import keep_all
 from fedspine_edge.protocol import Assignment, assignment_from_bytes, tensors_nbytes, to_bytes, update_from_bytes
 from fedspine_edge.quantized import as_float16
@@ -235,6 +235,21 @@ def test_a_device_remembers_the_newest_whole_state_of_an_earlier_round(tmp_path)
     newest.write_bytes(newest.read_bytes()[:40])
     assert load_device_state(tmp_path, "device-01", 4).pruning_ratio == 0.2
     assert load_device_state(tmp_path, "device-02", 4) == DeviceState()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_round_on_narrow_weights_learns_nearly_the_same(dtype, tiny_models):
+    bench, tokens = opened(tiny_models["bert"], "bert")
+    asked = assignment_for(bench)
+    plain, _ = run_round(bench, asked, tokens, DeviceState())
+    narrow, _ = run_round(bench, dataclasses.replace(asked, base_dtype=dtype), tokens, DeviceState())
+    linears = [module for module in bench.model.modules() if isinstance(module, LoRALinear)]
+    assert {linear.packed.dtype for linear in linears} == {dtype}
+    assert narrow.report.loss_after == pytest.approx(plain.report.loss_after, rel=0.02)
+    assert any((array != narrow.tensors[name]).any() for name, array in plain.tensors.items() if "lora_b" in name)
+    again, _ = run_round(bench, asked, tokens, DeviceState())  # the next one may ask for other weights
+    for name, array in plain.tensors.items():
+        np.testing.assert_array_equal(array, again.tensors[name])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

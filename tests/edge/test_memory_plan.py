@@ -10,7 +10,7 @@ from fedspine_edge import hardware, kernels, solo
 from fedspine_edge.cli import app
 from fedspine_edge.commands.plan import forecast, measured_step
 from fedspine_edge.config import cache_directory
-from fedspine_edge.errors import MemoryLimitError
+from fedspine_edge.errors import MemoryLimitError, UsageError
 from fedspine_edge.masks import keep_all, kept_counts
 from fedspine_edge.memory_plan import StepShape, check_memory, tensor_bytes
 from fedspine_edge.sources import model_directory
@@ -35,10 +35,10 @@ def test_a_tiny_step_takes_what_was_planned(family, tiny_models):
 
 @native_only
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_a_step_of_minilm_takes_what_was_planned(ratio):
+@pytest.mark.parametrize(("ratio", "dtype"), [(0.0, "float32"), (0.5, "float32"), (0.0, "bfloat16"), (0.5, "int8")])
+def test_a_step_of_minilm_takes_what_was_planned(ratio, dtype):
     path = model_directory("minilm-l6", cache_directory())
-    assert_planned(path, StepShape(batch_size=8, tokens=64, rank=16), ratio)
+    assert_planned(path, StepShape(batch_size=8, tokens=64, rank=16, base_dtype=dtype), ratio)
 
 
 def test_only_one_part_of_a_batch_is_planned_for(tiny_models):
@@ -72,6 +72,18 @@ def test_tune_is_refused_before_it_starts(tiny_models, tmp_path, monkeypatch):
         app, ["tune", str(tiny_models["bert"]), "--data", str(data), "--out", str(tmp_path / "o")]
     )
     assert isinstance(done.exception, MemoryLimitError)
+
+
+def test_a_narrower_base_is_planned_for(tiny_models):
+    def base_of(dtype):
+        arguments = ["plan", str(tiny_models["bert"]), "--seq", "16", "--base-dtype", dtype, "--json"]
+        done = CliRunner().invoke(app, arguments)
+        return done, json.loads(done.stdout)["predicted"]["base"] if not done.exception else 0
+
+    whole, half, quarter = (base_of(dtype)[1] for dtype in kernels.BASE_DTYPES)
+    assert whole > half > quarter > 0
+    refused, _ = base_of("int4")
+    assert isinstance(refused.exception, UsageError)
 
 
 def test_plan_prints_every_class(tiny_models):

@@ -51,6 +51,7 @@ class Overrides:
     engine: str | None = None
     ray_address: str | None = None
     method: str | None = None
+    base_dtype: str | None = None
 
 
 def prepare(experiment: str | None, overrides: Overrides, *, out: Path | None, resume: Path | None) -> Path:
@@ -119,6 +120,7 @@ def _with_overrides(table: dict[str, Any], overrides: Overrides) -> dict[str, An
     top = {"model": overrides.model, "data": overrides.data, "seed": overrides.seed}
     top |= {name: getattr(overrides, name) for name in ("dense_reference", "engine", "ray_address")}
     inner = {"rounds": overrides.rounds, "controller": overrides.controller, "target_sparsity": overrides.sparsity}
+    inner["base_dtype"] = overrides.base_dtype
     run |= {key: value for key, value in inner.items() if value is not None}
     if overrides.devices is not None:
         fleet = dataclasses.asdict(settings_from(Fleet, fleet, where="[fleet]").scaled(overrides.devices))

@@ -109,6 +109,7 @@ def measured_step(path: Path, shape: StepShape, pruning_ratio: float) -> dict[st
     runtime = psutil.Process().memory_info().rss
     decoder, num_labels = is_decoder(path), open_base(path, sha256=_NO_HASH).config.num_labels
     bench = open_workbench(path, sha256=_NO_HASH, num_labels=num_labels, choices=[0] if decoder else None)
+    bench = dataclasses.replace(bench, base_dtype=shape.base_dtype)
     layout = bench.layout
     scores = {g.name: np.arange(g.num_members, dtype=np.float32) for g in layout.groups}
     keep = choose(layout, scores, pruning_ratio=pruning_ratio, mode="uniform")
