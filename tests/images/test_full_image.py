@@ -16,7 +16,17 @@ pytestmark = pytest.mark.images_nightly
 ROUNDS = 2
 ROUND_SECONDS = 2400.0
 MEMORY_MIB = 3072
-DEVICE_MODULES = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "llama_cpp", "fedspine_edge._native"}
+COMPILED = {
+    "torch",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "llama_cpp",
+    "fedspine_edge",
+    "regex",
+    "yaml",
+    "pydantic_core",
+}
 TOML = """
 model = "{model}"
 data = "{data}"
@@ -72,12 +82,15 @@ def test_a_full_image_takes_part_in_rounds_that_change_the_servers_adapter_and_l
     assert report["tasks_done"] >= ROUNDS
     assert report["agent_rss_mib"] <= 60
     assert set(report["imports"].values()) == {"ok"}
-    assert set(report["imports"]) >= DEVICE_MODULES
-    run = world.operator.get("runs/run")
-    closed = [event["detail"] for event in run["events"] if event["kind"] == "round_closed"]
-    sys.stdout.write(f"{json.dumps(closed, indent=1)}\n")
-    assert run["status"] == "finished"
+    assert set(report["imports"]) >= COMPILED
+    limit = time.monotonic() + 60
+    while (run := world.operator.get("runs/run"))["status"] != "finished":
+        assert time.monotonic() < limit, run
+        time.sleep(0.5)
+    history = world.operator.get("runs/run/history")
+    losses = [(record["loss_before"], record["loss_after"]) for record in history]
+    sys.stdout.write(f"losses {losses}, adapter {first[:12]} -> {run['adapter_sha256'][:12]}\n")
+    closed = [event["detail"] for event in world.operator.get("events?after=0") if event["kind"] == "round_closed"]
     assert [detail["merged"] for detail in closed] == [["board-1"]] * ROUNDS
     assert run["adapter_sha256"] != first
-    rounds = world.operator.get("runs/run/rounds")
-    assert rounds[-1]["loss_after"] < rounds[0]["loss_before"]
+    assert losses[-1][1] < losses[0][0]

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_agent_image import powered_off
+from test_agent_image import UPDATE_SECONDS, powered_off
 
 from fedspine_edge.appliance.slots import num_bytes_of
 from fedspine_edge.commands.image import default_key
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.images_nightly
 CUTS = int(os.environ.get("FEDSPINE_CUTS", "20"))
 CUTS_A_BOARD = 2
 SEED = int(os.environ.get("FEDSPINE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
-FALL_BACK_SECONDS = 900.0
+FALL_BACK_SECONDS = 1800.0
 
 
 def part_hashes(folder):
@@ -127,7 +127,7 @@ def test_a_board_whose_power_is_cut_during_updates_always_holds_a_whole_release(
     start = time.monotonic()
     update.make(image, world.updates, default_key(), release=(release := release + 100))
     expected = part_hashes(world.updates)
-    assert powered_off(board)["release"] == release
+    assert powered_off(board, UPDATE_SECONDS)["release"] == release
     seconds = time.monotonic() - start
     while done < CUTS - CUTS // 2:
         update.make(image, world.updates, default_key(), release=(release := release + 100))

@@ -74,7 +74,7 @@ def squashfs(tree: Path, target: Path, *, epoch: int) -> None:
     """Packs a tree, every file root's."""
     target.unlink(missing_ok=True)
     run(
-        ["mksquashfs", tree, target, "-all-root", "-comp", "zstd", "-Xcompression-level", "19", "-b", "256K",
+        ["mksquashfs", tree, target, "-all-root", "-comp", "zstd", "-Xcompression-level", "15", "-b", "256K",
          "-no-xattrs", "-no-exports", "-processors", "2", "-quiet", "-no-progress"],
         variables={"SOURCE_DATE_EPOCH": str(epoch)},
     )  # fmt: skip
