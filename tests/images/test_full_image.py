@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from test_power_cuts import CUTS, SEED
 from tiny import questions, save_tiny_model
 
 from fedspine_edge.commands.start_run import run_request
@@ -14,7 +16,7 @@ from fedspine_edge.commands.start_run import run_request
 pytestmark = pytest.mark.images_nightly
 
 ROUNDS = 2
-ROUND_SECONDS = 2400.0
+ROUND_SECONDS = 3600.0
 MEMORY_MIB = 3072
 COMPILED = {
     "torch",
@@ -58,31 +60,29 @@ def image() -> Path:
     return next(folder.glob("*.img"))
 
 
-def test_a_full_image_takes_part_in_rounds_that_change_the_servers_adapter_and_lower_the_loss(world, tmp_path):
+def tuning_board(world, tmp_path, *, check_rounds):
+    """Returns a board with a tiny model and its data; the server has a run that waits for it."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in questions()))
     model = save_tiny_model(tmp_path / "model", "bert")
     config = tmp_path / "mine.toml"
     config.write_text(TOML.format(model=model, data=data, rounds=ROUNDS))
-    board = world.board(memory_mib=MEMORY_MIB, model=model, data=data, check_rounds=ROUNDS)
-    board.try_out_at_start()
     world.operator.post("runs", run_request(str(config), name="run", timings=None))
-    first = world.operator.get("runs/run")["adapter_sha256"]
+    return world.board(memory_mib=MEMORY_MIB, model=model, data=data, check_rounds=check_rounds)
+
+
+def accept(world, board):
+    """Waits until the board has enrolled, accepts it, and returns how long that took."""
     start = time.monotonic()
-    board.start()
     while not any(device["device_id"] == "board-1" for device in world.operator.get("devices")):
         assert time.monotonic() < start + ROUND_SECONDS, board.said()[-3000:]
         time.sleep(1)
     world.operator.post("devices/board-1/accept")
-    sys.stdout.write(f"\nenrolled and accepted after {time.monotonic() - start:.0f} s\n")
-    board.wait_for_power_off(ROUND_SECONDS)
-    report = board.report()
-    sys.stdout.write(f"\n{time.monotonic() - start:.0f} s\n{json.dumps(report, indent=1)[:1500]}\n")
-    assert report["failed_units"] == []
-    assert report["tasks_done"] >= ROUNDS
-    assert report["agent_rss_mib"] <= 60
-    assert set(report["imports"].values()) == {"ok"}
-    assert set(report["imports"]) >= COMPILED
+    return time.monotonic() - start
+
+
+def assert_trained(world, first):
+    """The run is over, every round merged the board's update, the adapter changed and the loss fell."""
     limit = time.monotonic() + 60
     while (run := world.operator.get("runs/run"))["status"] != "finished":
         assert time.monotonic() < limit, run
@@ -94,3 +94,52 @@ def test_a_full_image_takes_part_in_rounds_that_change_the_servers_adapter_and_l
     assert [detail["merged"] for detail in closed] == [["board-1"]] * ROUNDS
     assert run["adapter_sha256"] != first
     assert losses[-1][1] < losses[0][0]
+
+
+def assert_sound(board):
+    report = board.report()
+    sys.stdout.write(f"{json.dumps(report, indent=1)[:1500]}\n")
+    assert report["failed_units"] == []
+    assert report["agent_rss_mib"] <= 60
+    assert set(report["imports"].values()) == {"ok"}
+    assert set(report["imports"]) >= COMPILED
+    return report
+
+
+def test_a_full_image_takes_part_in_rounds_that_change_the_servers_adapter_and_lower_the_loss(world, tmp_path):
+    board = tuning_board(world, tmp_path, check_rounds=ROUNDS)
+    board.try_out_at_start()
+    first = world.operator.get("runs/run")["adapter_sha256"]
+    start = time.monotonic()
+    board.start()
+    sys.stdout.write(f"\nenrolled after {accept(world, board):.0f} s\n")
+    board.wait_for_power_off(ROUND_SECONDS)
+    sys.stdout.write(f"over after {time.monotonic() - start:.0f} s\n")
+    assert assert_sound(board)["tasks_done"] >= ROUNDS
+    assert_trained(world, first)
+
+
+def test_a_board_whose_power_is_cut_during_rounds_does_them_all_the_same(world, tmp_path):
+    board = tuning_board(world, tmp_path, check_rounds=0)
+    first, chance, moments = world.operator.get("runs/run")["adapter_sha256"], random.Random(SEED), []
+    board.start()
+    seconds = 3 * accept(world, board)
+    while len(moments) < CUTS // 2 and world.operator.get("runs/run")["status"] != "finished":
+        moments.append(round(chance.uniform(0, seconds), 1))
+        time.sleep(moments[-1])
+        assert board.cut_power()
+        board.start()
+    limit = time.monotonic() + ROUND_SECONDS
+    while world.operator.get("runs/run")["status"] != "finished":
+        assert time.monotonic() < limit, board.said()[-3000:]
+        time.sleep(1)
+    sys.stdout.write(f"\nseed {SEED}: cut after {moments} s\n")
+    assert_trained(world, first)
+    board.cut_power()
+    board.try_out_at_start()
+    board.start()
+    board.wait_for_power_off(ROUND_SECONDS)
+    assert_sound(board)
+    identity = json.loads(board.kept("fedspine/identity.json"))
+    assert (identity["device_id"], identity["enrolled"]) == ("board-1", True)
+    assert [device["device_id"] for device in world.operator.get("devices")] == ["board-1"]
