@@ -1,11 +1,13 @@
 """What a round costs the coordinator as the fleet grows: synthetic updates of the test fleet's two-layer model.
 
-    python benchmarks/bench_scale.py [--devices 100 1000 10000] [--rounds 3] [--repeat 3] [--json FILE]
+    python benchmarks/bench_scale.py [--devices 100 1000 10000] [--rounds 3] [--repeat 3] [--real 20 80] [--json FILE]
 
 Each size runs in a process of its own, interleaved, `--repeat` times: CPU seconds of the coordinator's steps (propose
-and assign, judge and merge, save), peak memory above what the imports take, size of the saved state. Making the updates
-is not counted: it is the devices' work. `database` is a SQLite file with the HTTPS link's rows of one round: a task and
-a result each.
+and assign, judge and merge, save), peak memory above what the imports take, size of the saved state. A small fleet's
+run is made several times over, so that each size is timed over as many device-rounds and with a history as long.
+Making the updates is not counted: it is the devices' work. `database` is a SQLite file with the HTTPS link's rows of
+one round: a task and a result each. `long` is one run of 19 rounds: what the last three cost beside the first three.
+`real` has updates of RoBERTa-base's size that wait on disk, as a server's do.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -26,6 +29,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "server"))
 FLAT = 0.10
+DEVICE_ROUNDS = 3000  # at least so many are timed of each size
+LONG_DEVICES, LONG_ROUNDS = 200, 19
 
 
 class Clock:
@@ -41,9 +46,48 @@ class Clock:
         self.seconds[step] = self.seconds.get(step, 0.0) + time.process_time() - begin
         return found
 
+    def per_device_round(self, device_rounds: int) -> dict[str, float]:
+        """Returns the seconds of each step."""
+        return {step: seconds / device_rounds for step, seconds in self.seconds.items()}
+
 
 def one_size(count: int, rounds: int) -> dict[str, Any]:
     """Rounds of `count` devices, in this process."""
+    before, clock = peak_bytes(), Clock()
+    play(count, 1, [Clock(), Clock()])  # opens caches
+    runs = max(1, DEVICE_ROUNDS // (count * rounds))
+    for _ in range(runs):
+        # Of the first round no timings are known: it is asked less of.
+        state, state_bytes = play(count, rounds, [Clock(), *[clock] * rounds])
+    return {
+        "cpu_seconds_per_device_round": clock.per_device_round(count * rounds * runs),
+        "peak_bytes": peak_bytes() - before,
+        "peak_bytes_per_device": (peak_bytes() - before) / count,
+        "state_bytes_per_device": state_bytes / count,
+        "database_bytes_per_device": database_bytes(list(state.devices)) / count,
+        "num_merged": state.history[-1]["num_merged"],
+    }
+
+
+def long_run() -> dict[str, Any]:
+    """One long run, its first three rounds and its last three."""
+    clocks = [Clock() for _ in range(LONG_ROUNDS + 1)]
+    sizes = [play(LONG_DEVICES, rounds, [Clock()] * (rounds + 1))[1] for rounds in (2, 12)]
+    play(LONG_DEVICES, LONG_ROUNDS, clocks)
+    costs = [clock.per_device_round(LONG_DEVICES) for clock in clocks]
+    return {
+        "devices": LONG_DEVICES,
+        "rounds": LONG_ROUNDS,
+        "cpu_seconds_first": statistics.median(sum(cost.values()) - cost["load"] for cost in costs[1:4]),
+        "cpu_seconds_last": statistics.median(sum(cost.values()) - cost["load"] for cost in costs[-3:]),
+        "save_seconds_first": statistics.median(cost["save"] for cost in costs[1:4]),
+        "save_seconds_last": statistics.median(cost["save"] for cost in costs[-3:]),
+        "state_bytes_per_device_round": (sizes[1] - sizes[0]) / 10 / LONG_DEVICES,
+    }
+
+
+def play(count: int, rounds: int, clocks: list[Clock]) -> tuple[Any, int]:
+    """One run of `rounds` + 1 rounds, each on its own clock; returns its state and that state's size as saved."""
     import toy
 
     from fedspine_server import coordinator, store
@@ -56,10 +100,7 @@ def one_size(count: int, rounds: int) -> dict[str, Any]:
     state = coordinator.init(settings, toy.layout(), toy.task_head())
     names = [f"device-{number:06d}" for number in range(count)]
     here = [coordinator.Participant(name, 10 + number % 50, 8 << 30) for number, name in enumerate(names)]
-    before, clock = peak_bytes(), Clock()
-    for index in range(rounds + 1):
-        if index == 1:
-            clock = Clock()  # the first round opens caches and knows no timings
+    for clock in clocks[: rounds + 1]:
         state = clock("enlist", lambda state=state: coordinator.enlist(state, here))
         assignments, state = clock("assign", lambda state=state: coordinator.assign(state))
         made: dict[Any, Any] = {}
@@ -77,12 +118,45 @@ def one_size(count: int, rounds: int) -> dict[str, Any]:
             path = clock("save", lambda state=state, folder=folder: store.save(Path(folder), state))
             state_bytes = path.stat().st_size
             clock("load", lambda folder=folder: store.load(Path(folder)))
+    return state, state_bytes
+
+
+def real_size(count: int) -> dict[str, Any]:
+    """One round of `count` devices with updates of RoBERTa-base's size, in this process."""
+    import numpy as np
+    from bench_aggregation import HIDDEN, RANKS, layout, update_of
+
+    from fedspine_edge.protocol import tensors_nbytes
+    from fedspine_server import coordinator
+    from fedspine_server.results import DeviceResult
+    from fedspine_server.settings import RunSettings
+    from fedspine_server.spool import Spool
+
+    shape = layout()
+    settings = RunSettings(
+        controller="fixed", controller_options={"memory_per_rank": 1}, fixed_rank=1, ranks=RANKS, warmup_fraction=0.0,
+        rounds=2, schedule="one-shot", cooldown_fraction=1.0, target_sparsity=0.5, mean_compensation=False,
+    )  # fmt: skip
+    state = coordinator.init(settings, shape, {"classifier": np.zeros((HIDDEN, HIDDEN), dtype=np.float32)})
+    here = [coordinator.Participant(f"device-{n:06d}", 100 + n % 50, RANKS[n % len(RANKS)] << 30) for n in range(count)]
+    before, clock, num_bytes = peak_bytes(), Clock(), 0
+    state = coordinator.enlist(state, here)
+    assignments, state = clock("assign", lambda: coordinator.assign(state))
+    with tempfile.TemporaryDirectory() as folder, Spool(Path(folder)) as spool:
+        results = []
+        for number, one in enumerate(assignments):
+            made = update_of(shape, number, one.rank)
+            report = dataclasses.replace(made.report, num_examples=100 + number % 50, num_steps=one.num_steps)
+            update = dataclasses.replace(made, run_id=one.run_id, device_id=one.device_id, report=report)
+            num_bytes += tensors_nbytes(update)
+            kept = clock("spool", lambda update=update: spool.keep(update))
+            results.append(DeviceResult(one.device_id, "arrived", update=kept, compute_seconds=1.0 + number % 7))
+        state = clock("close", lambda: coordinator.close_round(state, results, round_seconds=9.0))
     return {
-        "cpu_seconds_per_device_round": {step: seconds / count / rounds for step, seconds in clock.seconds.items()},
+        "cpu_seconds_per_device_round": clock.per_device_round(count),
+        "peak_bytes": peak_bytes() - before,
         "peak_bytes_per_device": (peak_bytes() - before) / count,
-        "state_bytes_per_device": state_bytes / count,
-        "history_bytes_per_device_round": len(json.dumps(state.history[-1])) / count,
-        "database_bytes_per_device": database_bytes(names) / count,
+        "update_bytes_per_device": num_bytes / count,
         "num_merged": state.history[-1]["num_merged"],
     }
 
@@ -146,61 +220,91 @@ def rows(names: list[str], tables: Any) -> Iterator[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--devices", type=int, nargs="+", default=[100, 1000, 10_000])
+    parser.add_argument("--real", type=int, nargs="*", default=[20, 80], help="fleets with updates of a real size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
-        print(json.dumps(one_size(options.one, options.rounds)))
+        kind, count = options.one
+        found = {"size": lambda: one_size(int(count), options.rounds), "real": lambda: real_size(int(count))}
+        print(json.dumps(found.get(kind, long_run)()))
         return
-    found: dict[int, list[dict[str, Any]]] = {count: [] for count in options.devices}
+    sizes: dict[str, list[dict[str, Any]]] = {str(count): [] for count in options.devices}
+    real: dict[str, list[dict[str, Any]]] = {str(count): [] for count in options.real}
     for _ in range(options.repeat):
-        for count in options.devices:
-            # As many device-rounds each, within reason: small fleets are timed over more rounds.
-            rounds = min(15, max(options.rounds, 3000 // count))
-            command = [sys.executable, __file__, "--one", str(count), "--rounds", str(rounds)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found[count].append(json.loads(done.stdout))
-    print(table(report := as_report(found)))
+        for kind, counts in (("size", sizes), ("real", real)):
+            for count, runs in counts.items():
+                runs.append(in_own_process(kind, count, options.rounds))
+    report = as_report(sizes, real) | {"long": in_own_process("long", "0", options.rounds)}
+    print(table(report))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def as_report(found: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+def in_own_process(kind: str, count: str, rounds: int) -> dict[str, Any]:
+    """Returns what one measurement finds, on one thread of numpy's."""
+    command = [sys.executable, __file__, "--one", kind, count, "--rounds", str(rounds)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def as_report(sizes: dict[str, list[dict[str, Any]]], real: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Returns medians and spreads, and how flat the cost of a device-round is."""
     from fedspine_edge.hardware import this_machine
 
-    sizes = {}
-    for count, runs in found.items():
-        steps = runs[0]["cpu_seconds_per_device_round"]
-        rounds_only = [{**run["cpu_seconds_per_device_round"], "load": 0.0} for run in runs]
-        totals = [sum(one.values()) for one in rounds_only]
-        sizes[str(count)] = {
-            "cpu_seconds_per_device_round": statistics.median(totals),
-            "cpu_seconds_spread": [min(totals), max(totals)],
-            "steps": {s: statistics.median(run["cpu_seconds_per_device_round"][s] for run in runs) for s in steps},
-            **{
-                name: statistics.median(run[name] for run in runs)
-                for name in runs[0]
-                if name not in ("cpu_seconds_per_device_round", "num_merged")
-            },
-            "num_merged": runs[0]["num_merged"],
-        }
-    costs = [size["cpu_seconds_per_device_round"] for size in sizes.values()]
-    flat = max(costs) / min(costs) - 1
-    return {"machine": dataclasses.asdict(this_machine()), "sizes": sizes, "unevenness": flat, "flat": flat <= 2 * FLAT}
+    found = {kind: {n: middle(runs) for n, runs in runs_of.items()} for kind, runs_of in (("s", sizes), ("r", real))}
+    costs = [size["cpu_seconds_per_device_round"] for size in found["s"].values()]
+    middle_cost = (max(costs) + min(costs)) / 2
+    off = max(costs) / middle_cost - 1
+    machine = dataclasses.asdict(this_machine())
+    return {"machine": machine, "sizes": found["s"], "off_the_middle": off, "flat": off <= FLAT, "real": found["r"]}
+
+
+def middle(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the medians of runs of one size; a load is not part of a round."""
+    steps = runs[0]["cpu_seconds_per_device_round"]
+    totals = [sum({**run["cpu_seconds_per_device_round"], "load": 0.0}.values()) for run in runs]
+    return {
+        "cpu_seconds_per_device_round": statistics.median(totals),
+        "cpu_seconds_spread": [min(totals), max(totals)],
+        "steps": {s: statistics.median(run["cpu_seconds_per_device_round"][s] for run in runs) for s in steps},
+        **{
+            name: statistics.median(run[name] for run in runs)
+            for name in runs[0]
+            if name != "cpu_seconds_per_device_round"
+        },
+    }
 
 
 def table(report: dict[str, Any]) -> str:
-    """Returns the report as a Markdown table."""
-    lines = ["| devices a round | CPU ms a device-round | enlist | assign | close | save | load | KB peak | KB state |"]
-    lines += ["|---" * 9 + "|"]
+    """Returns the report as Markdown tables."""
+    lines = ["| devices a round | CPU ms a device-round | assign | close | save | MB peak | KB state | KB database |"]
+    lines += ["|---" * 8 + "|"]
     for count, size in report["sizes"].items():
-        steps = " | ".join(f"{1e3 * seconds:.3f}" for seconds in size["steps"].values())
-        kilobytes = f"{size['peak_bytes_per_device'] / 1e3:.1f} | {size['state_bytes_per_device'] / 1e3:.2f}"
-        lines.append(f"| {count} | {1e3 * size['cpu_seconds_per_device_round']:.3f} | {steps} | {kilobytes} |")
-    return "\n".join([*lines, f"unevenness {report['unevenness']:.1%}"])
+        steps = " | ".join(f"{1e3 * size['steps'][step]:.3f}" for step in ("assign", "close", "save"))
+        kilobytes = f"{size['state_bytes_per_device'] / 1e3:.2f} | {size['database_bytes_per_device'] / 1e3:.2f}"
+        cost = f"{1e3 * size['cpu_seconds_per_device_round']:.3f}"
+        lines.append(f"| {count} | {cost} | {steps} | {size['peak_bytes'] / 1e6:.0f} | {kilobytes} |")
+    lines += [f"{report['off_the_middle']:.1%} off the middle", ""]
+    lines += ["| devices, real size | CPU ms a device-round | assign | spool | close | MB peak | MB an update |"]
+    lines += ["|---" * 7 + "|"]
+    for count, size in report["real"].items():
+        steps = " | ".join(f"{1e3 * size['steps'][step]:.1f}" for step in ("assign", "spool", "close"))
+        megabytes = f"{size['peak_bytes'] / 1e6:.0f} | {size['update_bytes_per_device'] / 1e6:.1f}"
+        lines.append(f"| {count} | {1e3 * size['cpu_seconds_per_device_round']:.1f} | {steps} | {megabytes} |")
+    long = report["long"]
+    first, last = (1e3 * long[f"cpu_seconds_{when}"] for when in ("first", "last"))
+    saves = " to ".join(f"{1e3 * long[f'save_seconds_{when}']:.3f}" for when in ("first", "last"))
+    lines += [
+        "",
+        f"in a run of {long['rounds']} rounds {first:.3f} CPU ms a device-round at first, {last:.3f} at last;",
+    ]
+    lines += [f"a save {saves}, its file {long['state_bytes_per_device_round']:.0f} bytes more a device and round"]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

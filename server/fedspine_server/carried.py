@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fedspine_edge.protocol import Assignment
@@ -23,6 +24,7 @@ from fedspine_server.closing import round_end
 from fedspine_server.lateness import LateResult
 from fedspine_server.recorded import with_recorded_seconds
 from fedspine_server.results import DeviceResult
+from fedspine_server.spool import Spool
 from fedspine_server.state import RunState
 
 LONGEST_WAIT_SECONDS = 1.0
@@ -54,6 +56,7 @@ class _Round:
     state: RunState
     opened_at: float
     waiting: set[str]
+    spool: Spool
     answers: dict[str, tuple[float, DeviceResult]] = field(default_factory=dict)
     late: list[LateResult] = field(default_factory=list)
 
@@ -66,6 +69,7 @@ class CarriedRun:
         carrier: Reaches the devices.
         terms: How rounds are held.
         save: Keeps a state.
+        spool_folder: Where updates wait for their round's end; the system's temporary directory when None.
         clock: Seconds that only grow.
     """
 
@@ -76,12 +80,14 @@ class CarriedRun:
         terms: Terms,
         *,
         save: Callable[[RunState], None],
+        spool_folder: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state = state
         self._carrier = carrier
         self._terms = terms
         self._save = save
+        self._spool_folder = spool_folder
         self._clock = clock
         self._asked: dict[tuple[str, int], Assignment] = {}
         self._late: list[LateResult] = []
@@ -110,10 +116,11 @@ class CarriedRun:
         oldest = state.round_index - self._terms.max_staleness
         self._give_up(oldest)
         self._asked |= {(asked.device_id, state.round_index): asked for asked in assignments}
-        opened = _Round(state, self._clock(), {asked.device_id for asked in assignments}, late=self._late)
-        self._late = []
-        self._carrier.offer(assignments)
-        return self._closed(opened, self._await_end(opened))
+        with Spool(self._spool_folder) as spool:
+            opened = _Round(state, self._clock(), {asked.device_id for asked in assignments}, spool, late=self._late)
+            self._late = []
+            self._carrier.offer(assignments)
+            return self._closed(opened, self._await_end(opened))
 
     def _give_up(self, oldest: int) -> None:
         """Forgets what was asked in rounds before the oldest whose answers still count."""
@@ -174,9 +181,11 @@ class CarriedRun:
 
     def _answered(self, opened: _Round, now: float, event: Result | Failed) -> None:
         opened.waiting.discard(event.device_id)
-        opened.answers[event.device_id] = (now, self._result(event))
-        if isinstance(event, Result):  # once: what a carrier brings twice does not count twice
+        result = self._result(event)
+        if result.update is not None:  # once: what a carrier brings twice does not count twice
             self._asked.pop((event.device_id, event.round_index), None)
+            result = dataclasses.replace(result, update=opened.spool.keep(result.update))
+        opened.answers[event.device_id] = (now, result)
 
     def _ask_again(self, opened: _Round, device_id: str) -> None:
         """A device that came back and owes an answer: it may have it on disk."""

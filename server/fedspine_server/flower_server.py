@@ -46,7 +46,9 @@ def main(grid: Grid, context: Context) -> None:
     logger.info("run=%s goes on with round=%d of %d", state.run_id, state.round_index, state.settings.rounds)
     ttl_seconds = terms.round_timeout_seconds * (1 + terms.max_staleness)
     carrier = FlowerCarrier(grid, request["recipe"], ttl_seconds=ttl_seconds)
-    state = CarriedRun(state, carrier, terms, save=lambda state: keep(directory, state)).run()
+    directory.mkdir(parents=True, exist_ok=True)
+    held = CarriedRun(state, carrier, terms, save=lambda state: keep(directory, state), spool_folder=directory)
+    state = held.run()
     summary = {"run_id": state.run_id, "rounds": state.round_index, "adapter_sha256": adapter_sha256(state)}
     _write(directory / "summary.json", json.dumps(summary) + "\n")
 

@@ -149,6 +149,22 @@ def test_an_answer_that_comes_twice_counts_once():
     assert [record["late"] for record in state.history] == [[]] * 4
 
 
+def test_a_rounds_updates_wait_on_disk(tmp_path):
+    class Watched(FakeCarrier):
+        most = 0
+
+        def events(self, seconds):
+            self.most = max(self.most, sum(path.is_file() for path in tmp_path.rglob("*")))
+            return super().events(seconds)
+
+    carrier = Watched({"a": 1.0, "b": 2.0, "c": 9.0})
+    CarriedRun(
+        first(), carrier, Terms(min_devices=3), save=lambda _: None, spool_folder=tmp_path, clock=lambda: carrier.now
+    ).run()  # fmt: skip
+    assert carrier.most == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_killed_at_any_save_goes_on_to_the_same_adapter():
     ways = {"a": 1.0, "b": 2.0}
     saved = []
