@@ -134,7 +134,7 @@ def real_size(count: int) -> dict[str, Any]:
 
     shape = layout()
     settings = RunSettings(
-        controller="fixed", controller_options={"memory_per_rank": 1}, fixed_rank=1, ranks=RANKS, warmup_fraction=0.0,
+        controller="fixed", controller_options={"memory_per_rank": 4}, fixed_rank=4, ranks=RANKS, warmup_fraction=0.0,
         rounds=2, schedule="one-shot", cooldown_fraction=1.0, target_sparsity=0.5, mean_compensation=False,
     )  # fmt: skip
     state = coordinator.init(settings, shape, {"classifier": np.zeros((HIDDEN, HIDDEN), dtype=np.float32)})
