@@ -15,10 +15,23 @@ import numpy as np
 from sqlalchemy import select
 
 from fedspine_edge.protocol import Group, Layout, Matrix
+from fedspine_edge.rollout_gate import parse, to_json
 from fedspine_server import coordinator
 from fedspine_server.controllers.contract import Choice
 from fedspine_server.link.hub import Hub
-from fedspine_server.link.tables import ACCEPTED, DONE, LEASED, PENDING, RUNNING, DeviceRow, RunRow, TaskRow
+from fedspine_server.link.tables import (
+    ACCEPTED,
+    DONE,
+    LEASED,
+    PENDING,
+    RUNNING,
+    DeviceRow,
+    ModelRow,
+    RolloutDeviceRow,
+    RolloutRow,
+    RunRow,
+    TaskRow,
+)
 from fedspine_server.settings import RunSettings
 from fedspine_server.state import DeviceState, RunState
 
@@ -73,6 +86,57 @@ def fill(hub: Hub, num_devices: int = 40, seed: int = 7) -> None:
             DeviceRow(device_id="orin-nx-01", secret_sha256="1" * 64, status=PENDING, facts=facts, sample={}, **row)
         )
         _events(hub, session, names)
+
+
+def roll_out(hub: Hub, seed: int = 7) -> None:
+    """Puts two rollouts on record: one that is over, and a second that some boards have and one refused."""
+    chance, now = random.Random(seed), hub.clock()
+    gate = "ppl<=1.05*base and tokens_per_second>=0.9*base"
+    with hub.database.write() as session:
+        names = list(session.scalars(select(DeviceRow.device_id).where(DeviceRow.status == ACCEPTED)))
+        for number, (file, mebibytes) in enumerate(
+            (("support-q8_0.gguf", 138), ("support-pruned30-q8_0.gguf", 101)), 1
+        ):
+            row = {"name": file, "num_bytes": mebibytes << 20, "added_at": now - 90000 / number}
+            session.add(ModelRow(sha256=f"{number}a" * 32, **row))
+            session.add(
+                RolloutRow(
+                    rollout_id=number, status=("finished", "rolling")[number - 1], model_sha256=f"{number}a" * 32,
+                    model_name=file, model_bytes=mebibytes << 20, created_at=now - 88000 / number**4, detail="",
+                    gate={"text": gate if number > 1 else "ppl<=24", "conditions": to_json(parse(gate))},
+                    targets={"canaries": names[1:3], "devices": None},
+                )
+            )  # fmt: skip
+            session.flush()
+            for i, name in enumerate(names):
+                if i != 17 and (number == 1 or i < 30):
+                    session.add(_rollout_device(number, name, i, now, chance))
+
+
+def _rollout_device(number: int, name: str, i: int, now: float, chance: random.Random) -> RolloutDeviceRow:
+    speed = (9.4, 14.2, 31.0, 22.5)[i % 4] * chance.uniform(0.97, 1.03)
+    last = number == 2
+    state = (
+        {24: "failed", 27: "checking", 28: "downloading", 29: "downloading"}.get(i, "committed")
+        if last
+        else "committed"
+    )
+    base = {
+        "ppl": 21.3,
+        "tokens_per_second": speed,
+        "prompt_tokens_per_second": 9 * speed,
+        "peak_memory_bytes": 2 << 27,
+    }
+    faster = 0.84 if state == "failed" else 1.34
+    own = {"ppl": 22.0, "tokens_per_second": faster * speed, "prompt_tokens_per_second": 11 * speed}
+    reason = f"tokens_per_second>=0.9*base: {faster * speed:.4g}, limit {0.9 * speed:.4g}" if state == "failed" else ""
+    measured = state in ("committed", "failed")
+    report = {
+        "reason": reason,
+        "figures": (own if last else base) if measured else None, "base": base if last and measured else None,
+        "current": f"{2 if last and state == 'committed' else 1}a" * 32, "received_bytes": (30 + i) << 20,
+    }  # fmt: skip
+    return RolloutDeviceRow(rollout_id=number, device_id=name, state=state, report=report, reported_at=now - 100 + i)
 
 
 def go_on(hub: Hub, count: int, turn: int) -> None:

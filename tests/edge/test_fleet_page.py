@@ -17,7 +17,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from page_world import agent_process, browser, free_port, long_run, real_fleet, seconds_until, start_agent
+from export_models import DENSE, PER_LAYER, save_decoder
+from page_world import agent_process, browser, fedspine, free_port, long_run, real_fleet, seconds_until, start_agent
 from tiny import questions
 
 from fedspine_edge.agent.enrolment import enrol
@@ -25,6 +26,7 @@ from fedspine_edge.agent.settings import AgentSettings
 from fedspine_edge.commands.operate import Operator
 from fedspine_edge.commands.page import open_page
 from fedspine_edge.commands.start_run import run_request
+from fedspine_edge.export.gguf import write_gguf
 
 pytestmark = pytest.mark.page
 
@@ -143,7 +145,7 @@ def test_a_killed_agent_turns_grey_with_its_age_and_comes_back(signed_in, fleet)
         process.wait(20)
 
 
-@pytest.mark.parametrize("path", ["/", "/runs/live", "/runs/live/model", "/devices/device-00"])
+@pytest.mark.parametrize("path", ["/", "/runs/live", "/runs/live/model", "/devices/device-00", "/rollouts"])
 def test_a_page_is_accessible_fits_a_phone_stays_at_home_and_works_without_a_mouse(signed_in, fleet, path):
     page = signed_in
     for scheme in ("light", "dark"):
@@ -254,7 +256,7 @@ def test_prometheus_reads_a_live_fleet_and_its_rules_load(fleet, tmp_path):
         seconds_until(lambda: asked(port, "fedspine_round"), 30)
         assert len(asked(port, "fedspine_device_up")) >= 8
         rules = said(port, "rules")["groups"][0]["rules"]
-        assert len(rules) == 8
+        assert len(rules) == 10
         seconds_until(lambda: all(r["health"] == "ok" for r in said(port, "rules")["groups"][0]["rules"]), 20)
         panels = json.loads((MONITORING / "grafana.json").read_text())["panels"]
         # This machine has no such sensors, and tiny tasks are over before they report any.
@@ -279,3 +281,84 @@ def asked(port, query):
         return said(port, "query?query=" + urllib.parse.quote(query))["result"]
     except OSError:
         return []
+
+
+@pytest.fixture(scope="module")
+def ggufs(tmp_path_factory):
+    """A dense and a pruned tiny decoder, as files."""
+    folder = tmp_path_factory.mktemp("ggufs")
+    return [
+        write_gguf(
+            save_decoder(folder / name, "llama", widths), folder / f"{name}.gguf", quantization="F16", name=name
+        ).path
+        for name, widths in (("dense", DENSE), ("pruned", PER_LAYER))
+    ]
+
+
+def ask_for_a_rollout(page, url):
+    """From the model view to the question, by keys alone; once with a gate that is none."""
+    page.goto(url + "/runs/live/model")
+    page.wait_for_selector(".link.live", state="attached")
+    page.locator("#models a.button").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/rollouts/new")
+    assert serious(page) == []
+    page.select_option("#model", label=page.locator("#model option", has_text="dense").inner_text())
+    page.fill("#gate", "ppl<=")
+    page.locator("#gate").press("Enter")
+    assert "expected a condition such as" in page.locator("[role=alert]").inner_text()
+    assert page.locator("#model option:checked").inner_text().startswith("dense")
+    page.fill("#gate", "ppl<=100000 and tokens_per_second>=1")
+    page.fill("#canaries", "2")
+    page.locator("#gate").press("Enter")
+    said = page.locator("main").inner_text()
+    for words in ("Start this rollout?", "once they have committed, to the other", "perplexity at most 100000"):
+        assert words in said
+    assert serious(page) == []
+
+
+def assert_sound_everywhere(page, address):
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        for width in (1440, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.goto(address)
+            page.wait_for_selector(".link.live", state="attached")
+            assert serious(page) == []
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+                f"{address} is wider than {width}"
+            )
+
+
+def test_a_rollout_is_begun_followed_and_taken_back_from_the_page_without_a_mouse(signed_in, fleet, ggufs):
+    page, url = signed_in, fleet["url"]
+    for file in ggufs:
+        fedspine("rollout", "upload", file, "--operator", fleet["operator_file"], "--json")
+    ask_for_a_rollout(page, url)
+    page.locator("button.do").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/rollouts")
+    began = time.monotonic()
+    page.wait_for_selector("#rollout-now .status:has-text('finished')", timeout=120_000)
+    rows = page.locator("#rollout-now tbody tr")
+    show(f"{rows.count()} devices have it after {time.monotonic() - began:.1f} s")
+    assert rows.count() >= 8
+    assert page.locator("#rollout-now tbody .dot.good").count() == rows.count()
+    assert page.locator("#rollout-now tbody small:has-text('canary')").count() == 2
+    page.goto(url + "/")
+    page.wait_for_selector("#device-device-00 .model:has-text('dense.gguf')")
+    assert_sound_everywhere(page, url + "/rollouts")
+    back = page.locator("#rollout-now a.severe")
+    back.focus()
+    page.keyboard.press("Enter")
+    assert page.locator("dialog[open] h2").inner_text() == "Roll back?"
+    page.keyboard.press("Escape")
+    assert fleet["operator"].get("rollouts")[0]["status"] == "finished"
+    back.click()
+    page.locator("dialog .do").click()
+    page.wait_for_selector("#rollout-now .status:has-text('rolled back')")
+    seconds_until(lambda: fleet["operator"].get("rollouts")[0]["counts"] == {"rolled_back": rows.count()}, 60)
+    page.goto(url + "/devices/device-00")
+    assert "rollout: rolled back" in page.locator("#device-head").inner_text()
+    # The console names the answer to the form that was wrong on purpose.
+    assert [problem for problem in page.problems if "422" not in problem] == []

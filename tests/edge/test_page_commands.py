@@ -1,5 +1,6 @@
 """`page`, `simulate --page`, `top` and the reports: what they say, and that a simulation tells its page where it is."""
 
+import io
 import json
 import urllib.request
 
@@ -62,6 +63,18 @@ def test_top_shows_who_needs_a_look_first_and_says_how_many_do_not_fit():
     assert text.index(" silent") < text.index("d00")
     assert "more" in text
     assert len(text.splitlines()) <= 24
+
+
+def test_top_tells_a_rollout_while_it_matters():
+    rollout = {"rollout_id": 4, "status": "canary", "model": "m.gguf", "detail": "", "counts": {"waiting": 3}}
+    told = {**overview(DEVICE), "rollout": rollout}
+    for status, words in (("canary", "rollout 4  canary  m.gguf  3 waiting"), ("finished", "")):
+        console = Console(width=130, file=io.StringIO(), record=True)
+        console.print(view({**told, "rollout": {**rollout, "status": status}}, width=130, height=20))
+        text = console.export_text()
+        assert words in text
+        assert len(text.splitlines()) <= 20
+        assert ("rollout" in text) == bool(words)
 
 
 def test_top_prints_once_where_there_is_no_terminal_and_a_name_cannot_move_the_cursor(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from link_world import ToyDevice, page_served, start_run, until
 from prometheus_client.parser import text_string_to_metric_families
 
+from fedspine_server.link.tables import RolloutDeviceRow, RolloutRow
 from fedspine_server.page import metrics
 from fedspine_server.page.app import create_page
 from fedspine_server.page.diagnosis import BAD, GOOD, WARN, diagnose, slow_devices
@@ -18,7 +19,18 @@ from fedspine_server.page.fleet_source import FleetSource
 from fedspine_server.page.render import View, parts_of, round_html
 from fedspine_server.page.story import Story
 from fedspine_server.page.stream import Watches
-from fedspine_server.page.views import PENDING, SILENT, WAITING, WORKING, Device, Fleet, Run
+from fedspine_server.page.views import (
+    PENDING,
+    SILENT,
+    WAITING,
+    WORKING,
+    Device,
+    Fleet,
+    ModelFile,
+    Rollout,
+    RolloutPart,
+    Run,
+)
 
 HOSTILE = "\"><img src=x onerror=hit()><script>hit()</script>'&{{7*7}}"
 
@@ -363,3 +375,95 @@ def test_reasons_of_refusals_are_few(detail, reason):
 def test_hostile_labels_stay_within_their_quotes():
     found = samples(fleet_of([], [Device("a", WAITING, board=HOSTILE + '\n"} 1\nfedspine_round 7')]))
     assert [key for key in found if key[0] == "fedspine_round"] == [("fedspine_round", ("run", "run-a"))]
+
+
+# --- rollouts -----------------------------------------------------------------------------------------------------
+
+
+def rollout(status="rolling", **more):
+    parts = (
+        RolloutPart("a", True, "committed", figures={"ppl": 20.0, "tokens_per_second": 9.0}, base={"ppl": 19.0}),
+        RolloutPart("b", False, "failed", reason=HOSTILE),
+        RolloutPart("c", False, "downloading", received_bytes=500),
+    )
+    counts = {"committed": 1, "failed": 1, "downloading": 1}
+    fields = {"model": "m.gguf", "model_bytes": 1000, "gate": "ppl<=1.1*base", "created_at": 1.0}
+    return Rollout(3, status, counts=counts, parts=parts, **{**fields, **more})
+
+
+class Still:
+    writable = True
+
+
+def rollout_html(*rollouts, models=()):
+    fleet = Fleet(1000.0, (), (), (), rollouts, models)
+    return {part.id: part.html for part in parts_of(View("rollouts"), fleet, Still())}
+
+
+def test_a_rollout_shows_each_device_with_its_figures_beside_those_before_and_escapes_its_words():
+    html = rollout_html(rollout(), rollout("superseded", gate=""))
+    for words in ("Rollout 3: rolling", "before 19", "50 % of 1 kB", "canary", "1</dd>", "/rollouts/3/rollback"):
+        assert words in html["rollout-now"]
+    assert "<script" not in html["rollout-now"]
+    assert "&lt;script&gt;" in html["rollout-now"]
+    assert "superseded" in html["rollout-history"]
+    assert "it has to run" in html["rollout-history"]
+    assert "/rollouts/new" not in html["rollout-now"], "while one is under way no other is offered"
+    over = rollout_html(rollout("finished"), models=(ModelFile("a" * 64, "m.gguf", 1000, 1.0),))
+    assert "/rollouts/new" in over["rollout-now"]
+    assert "/rollouts/new" in over["models"]
+    assert "No model was rolled out yet" in rollout_html()["rollout-now"]
+
+
+def test_a_stopped_rollout_and_devices_that_failed_deserve_a_look():
+    stopped = diagnose(Fleet(1000.0, (), (), (), (rollout("stopped", detail="canary b failed: ppl"),)))
+    assert [(found.title, found.why) for found in stopped.findings] == [
+        ("rollout 3 of m.gguf stopped", "canary b failed: ppl")
+    ]
+    assert diagnose(Fleet(1000.0, (), (), (), (rollout(),))).findings[0].title == "1 device did not take m.gguf"
+    assert diagnose(Fleet(1000.0, (), (), (), (rollout("rolled_back"),))).findings == ()
+
+
+def test_metrics_tell_the_newest_rollouts_status_its_devices_and_what_was_measured():
+    text = metrics.exposition(Fleet(1000.0, (), (), (), (rollout(), rollout("superseded")))).decode()
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["fedspine_rollout_status", "3", "m.gguf", "rolling"] == 1
+    assert samples["fedspine_rollout_devices", "3", "failed"] == 1
+    assert samples["fedspine_rollout_perplexity", "a"] == 20
+    assert samples["fedspine_rollout_tokens_per_second", "a"] == 9
+    assert "superseded" not in text
+
+
+def test_the_fleet_page_tells_a_rollout_under_way_and_each_devices_model(tmp_path):
+    with page_served(tmp_path) as world:
+        ToyDevice(world, "a").hello()
+        with world.hub.database.write() as session:
+            row = {"model_name": "m.gguf", "model_bytes": 9, "created_at": 1.0, "detail": ""}
+            targets = {"canaries": ["a"], "devices": None}
+            gate = {"text": "", "conditions": []}
+            for number, status in ((1, "finished"), (2, "canary")):
+                sha256 = f"{number}" * 64
+                session.add(
+                    RolloutRow(rollout_id=number, status=status, model_sha256=sha256, gate=gate, targets=targets, **row)
+                )
+                session.flush()
+            for number, state in ((1, "committed"), (2, "checking")):
+                report = {"reason": "", "figures": None, "base": None, "current": "1" * 64, "received_bytes": 0}
+                session.add(
+                    RolloutDeviceRow(rollout_id=number, device_id="a", state=state, report=report, reported_at=2.0)
+                )
+        source = FleetSource(world.hub)
+        fleet = source.fleet()
+        assert [(found.model, found.rollout_state) for found in fleet.devices] == [("m.gguf", "checking")]
+        assert [(found.rollout_id, found.counts) for found in fleet.rollouts] == [
+            (2, {"checking": 1}), (1, {"committed": 1}),
+        ]  # fmt: skip
+        html = {part.id: part.html for part in parts_of(View("fleet"), fleet, source)}
+        assert "Rollout 2" in html["rollout"]
+        assert "m.gguf · checking" in html["device-a"]
+        html = {part.id: part.html for part in parts_of(View("device", "a"), fleet, source)}
+        assert "rollout: checking" in html["device-head"]

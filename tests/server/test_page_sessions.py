@@ -7,14 +7,16 @@ import pytest
 import urllib3
 from link_world import ToyDevice, page_served, start_run
 
+from fedspine_server.link import rollout_views
 from fedspine_server.link.credentials import RateLimit
-from fedspine_server.link.tables import ACCEPTED, PENDING, REVOKED, CredentialRow, DeviceRow
+from fedspine_server.link.tables import ACCEPTED, PENDING, REVOKED, CredentialRow, DeviceRow, ModelRow
 from fedspine_server.page import sessions
 from fedspine_server.page.actions import ACTIONS
 
 ADDRESSES = [
     "/", "/runs/run-a", "/runs/run-a/model", "/runs/run-a/rounds/0", "/runs/run-a/matrix.json", "/devices/a", "/stream",
     "/runs/run-a/files/state.safetensors", "/devices/a/accept", "/devices/a/revoke", "/runs/run-a/stop",
+    "/rollouts", "/rollouts/new", "/rollouts/1/rollback",
 ]  # fmt: skip
 
 
@@ -182,3 +184,63 @@ def test_no_file_but_the_runs_own_can_be_downloaded(world, settings):
     assert own.headers["content-disposition"].startswith("attachment")
     for name in ("operator.json", "..%2f..%2foperator.json", "fedspine.sqlite", "%2e%2e"):
         assert call(world, "GET", f"/runs/run-a/files/{name}", cookie=cookie).status == 404
+
+
+def model_on(hub):
+    sha256 = "a" * 64
+    with hub.database.write() as session:
+        session.add(ModelRow(sha256=sha256, name="m.gguf", num_bytes=1000, added_at=hub.clock()))
+    return sha256
+
+
+def test_a_rollout_needs_the_sessions_own_form_and_a_second_yes(world):
+    device, sha256 = ToyDevice(world, "a"), model_on(world.hub)
+    device.hello()
+    cookie, other = sign_in(world), sign_in(world)
+    form = {"model": sha256, "canaries": "1", "gate": "ppl<=base", "csrf": csrf_of(world, cookie)}
+    new = "/rollouts/new"
+    for bad in ({**form, "csrf": ""}, {**form, "csrf": csrf_of(world, other)}):
+        assert call(world, "POST", new, cookie=cookie, form={**bad, "confirmed": "yes"}).status == 403
+    assert call(world, "POST", new, cookie=cookie, form=form, Sec_Fetch_Site="cross-site").status == 403
+    assert call(world, "POST", new, form={**form, "confirmed": "yes"}).status == 401
+    asked = call(world, "POST", new, cookie=cookie, form=form)
+    assert asked.status == 200
+    assert b"perplexity at most 1 times that of its present model" in asked.data
+    assert rollout_views.views(world.hub) == []
+    reply = call(world, "POST", new, cookie=cookie, form={**form, "confirmed": "yes"})
+    assert (reply.status, reply.headers["location"]) == (303, "/rollouts")
+    assert [(found.rollout_id, found.gate, found.canaries) for found in rollout_views.views(world.hub)] == [
+        (1, "ppl<=1*base", ["a"])
+    ]
+    again = call(world, "POST", new, cookie=cookie, form={**form, "confirmed": "yes"})
+    assert again.status == 422
+    assert b"rollout 1 is under way" in again.data
+    yes = {"csrf": form["csrf"], "confirmed": "yes"}
+    for name in ("2", "none", "-1", "9" * 40):
+        assert call(world, "POST", f"/rollouts/{name}/rollback", cookie=cookie, form=yes).status in (404, 409)
+    assert call(world, "POST", "/rollouts/1/rollback", cookie=cookie, form={"csrf": form["csrf"]}).status == 400
+    assert call(world, "POST", "/rollouts/1/rollback", cookie=cookie, form=yes).headers["location"] == "/rollouts"
+    assert rollout_views.views(world.hub)[0].status == "rolled_back"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"gate": "ppl"}, b"expected a condition"), ({"gate": "ppl<3\nx"}, b"one line"),
+     ({"canaries": "0"}, b"one line"), ({"canaries": "x"}, b"one line"),
+     ({"canaries": "5"}, b"expected 5 devices"), ({"model": ""}, b"expected a model")],
+)  # fmt: skip
+def test_a_form_with_a_mistake_comes_back_with_it_and_with_what_was_said(world, change, words):
+    ToyDevice(world, "a")
+    sha256, cookie = model_on(world.hub), sign_in(world)
+    good = {"model": sha256, "canaries": "1", "gate": "ppl<=3", "csrf": csrf_of(world, cookie)}
+    reply = call(world, "POST", "/rollouts/new", cookie=cookie, form={**good, **change})
+    assert reply.status == 422
+    assert words in reply.data
+    assert b'role="alert"' in reply.data
+    if "canaries" not in change:
+        assert b'value="1"' in reply.data
+    assert rollout_views.views(world.hub) == []
+
+
+def test_without_a_model_the_form_says_how_to_send_one(world):
+    assert b"fedspine rollout upload" in call(world, "GET", "/rollouts/new", cookie=sign_in(world)).data

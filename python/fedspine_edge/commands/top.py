@@ -28,6 +28,7 @@ CONDITIONS = {
     "pending": "yellow",
     "revoked": "dim strike",
 }
+ROLLOUTS = {"canary": "cyan", "rolling": "cyan", "stopped": "yellow"}
 URGENT = ("pending", "silent", "paused")
 SHORT = ("health", "slow", "model", "chosen", "next")  # the five questions of the diagnosis, in its order
 FIXED_LINES = 12
@@ -67,9 +68,10 @@ def _looked(look: Callable[[], Any], console: Console) -> RenderableType:
 def view(overview: Mapping[str, Any], *, width: int, height: int) -> RenderableType:
     """Returns the whole view, at most `height` lines of `width` columns."""
     answers, findings = overview["diagnosis"]["answers"], overview["diagnosis"]["findings"]
-    room = max(1, height - FIXED_LINES - min(3, len(findings)))
+    room = max(1, height - FIXED_LINES - min(3, len(findings)) - len(_rollout(overview.get("rollout"))))
     return Group(
         _run(overview["run"], width),
+        *_rollout(overview.get("rollout")),
         _answers(answers),
         Text(),
         _devices(overview, width=width, room=room),
@@ -91,6 +93,15 @@ def _run(run: Mapping[str, Any] | None, width: int) -> Text:
         text.append(sparkline(tuple(values), max(8, min(40, width - 70))), style="cyan")
         text.append(f" {values[-1]:.3f}")
     return text
+
+
+def _rollout(rollout: Mapping[str, Any] | None) -> list[Text]:
+    """Returns the newest rollout's line while it matters: under way, or stopped."""
+    if rollout is None or rollout["status"] not in ROLLOUTS:
+        return []
+    told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(rollout["counts"].items()))
+    words = f"rollout {rollout['rollout_id']}  {rollout['status']}  {rollout['model']}  {told}  {rollout['detail']}"
+    return [_line(words.rstrip(), ROLLOUTS[rollout["status"]])]
 
 
 def _answers(answers: list[Mapping[str, Any]]) -> Table:

@@ -89,6 +89,19 @@ def start(hub: Hub, request: RolloutRequest) -> int:
     return number
 
 
+def would_go_first(hub: Hub, request: RolloutRequest) -> tuple[list[str], int]:
+    """Returns the canaries a rollout would have now, and how many devices would follow; changes nothing.
+
+    Raises:
+        HTTPException: 422 where it could not be begun.
+    """
+    with hub.database.read() as session:
+        accepted = session.scalars(select(DeviceRow.device_id).where(DeviceRow.status == ACCEPTED)).all()
+        meant = [name for name in accepted if request.devices is None or name in request.devices]
+        canaries = _canaries(hub, session, request)
+    return canaries, len(meant) - len(canaries)
+
+
 def _canaries(hub: Hub, session: Session, request: RolloutRequest) -> list[str]:
     seen = dict(
         session.execute(select(DeviceRow.device_id, DeviceRow.last_seen_at).where(DeviceRow.status == ACCEPTED)).all()

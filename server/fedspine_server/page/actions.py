@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 
-from fedspine_server.link import devices, runs
+from fedspine_server.link import devices, rollouts, runs
 from fedspine_server.link.hub import Hub
 from fedspine_server.link.tables import ACCEPTED, PENDING, REVOKED, RUNNING, STOPPED
 
@@ -22,11 +22,11 @@ class Action:
     """One action.
 
     Attributes:
-        kind: `devices` or `runs`.
+        kind: `devices`, `runs` or `rollouts`.
         name: In the address.
         title: On the button.
         follows: What happens then, for whoever confirms.
-        do: Hub and the name of a device or run -> done.
+        do: Hub and the name of a device, run or rollout -> done.
         severe: Whether it cannot be taken back.
     """
 
@@ -51,6 +51,12 @@ def _revoke(hub: Hub, name: str) -> None:
     devices.set_status(hub, [name], REVOKED)
 
 
+def _roll_back(hub: Hub, name: str) -> None:
+    if not (name.isascii() and name.isdecimal() and len(name) < 16):
+        raise HTTPException(404, "expected the number of a rollout")
+    rollouts.roll_back(hub, int(name))
+
+
 ACTIONS = (
     Action("devices", "accept", "Accept", "It may fetch tasks and send updates from now on.", _accept),
     Action(
@@ -63,6 +69,10 @@ ACTIONS = (
     ),
     Action(
         "runs", "resume", "Resume", "It goes on where it stood.", lambda hub, name: runs.set_status(hub, name, RUNNING)
+    ),
+    Action(
+        "rollouts", "rollback", "Roll back", "Every device that took this model goes back to the one it had before;"
+        " those on their way to it stop.", _roll_back, severe=True,
     ),
 )  # fmt: skip
 

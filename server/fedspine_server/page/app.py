@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedspine_edge.errors import FedSpineError
 from fedspine_server.link.hub import Hub
-from fedspine_server.page import doors, looks
+from fedspine_server.page import doors, looks, rollout_door
 from fedspine_server.page.desk import Desk, guarded
 from fedspine_server.page.render import page
 from fedspine_server.page.views import Source
@@ -70,6 +70,8 @@ def create_page(source: Source, hub: Hub | None = None) -> Shielded:
     if hub is not None:
         routes += [
             Route("/login", doors.login, methods=["GET", "POST"]),
+            Route("/rollouts", guarded(looks.rollouts)),
+            Route("/rollouts/new", guarded(rollout_door.new_rollout), methods=["GET", "POST"]),
             Route("/logout", guarded(doors.logout), methods=["POST"]),
             Route("/{kind}/{name}/{action}", guarded(doors.action), methods=["GET", "POST"]),
         ]

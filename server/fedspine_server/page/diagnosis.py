@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedspine_server.page import wording
+from fedspine_server.page.rollout_findings import rollout_findings
 from fedspine_server.page.story import Story, busy_seconds, why_slow
 from fedspine_server.page.views import ACCEPTED_CONDITIONS, PAUSED, PENDING, SILENT, Device, Fleet, Run
 
@@ -22,8 +23,7 @@ SLOW = 1.5  # times the median
 RECENT = 3  # rounds looked at
 HOT_CELSIUS = 85.0
 LITTLE_MEMORY = 0.08
-ACCURACY_DROP = 0.03
-FLAT_ROUNDS, FLAT = 5, 0.004
+ACCURACY_DROP, FLAT_ROUNDS, FLAT = 0.03, 5, 0.004
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Diagnosis:
 def diagnose(fleet: Fleet) -> Diagnosis:
     """Returns the five answers about a fleet and its current run."""
     run = fleet.current
-    found = list(_of_fleet(fleet))
+    found = [*_of_fleet(fleet), *(Finding(*said) for said in rollout_findings(fleet))]
     if run is not None:
         found += [*_of_run(run), *_of_learning(run), *_of_updates(run), *_of_speed(run, fleet)]
     found.sort(key=lambda finding: -LEVELS.index(finding.level))

@@ -47,7 +47,8 @@ async def login(request: Request) -> Response:
     return RedirectResponse(target, 303, headers={"Set-Cookie": sessions.cookie_header(secret)})
 
 
-async def _checked_form(request: Request) -> dict[str, str]:
+async def checked_form(request: Request) -> dict[str, str]:
+    """Returns the fields of a form of this session; HTTPException 403 for any other."""
     form = await read_form(request)
     if not sessions.csrf_is_good(session_of(request), form.get("csrf", "")):
         raise HTTPException(403, "expected a form of this session: reload the page and try again")
@@ -56,7 +57,7 @@ async def _checked_form(request: Request) -> dict[str, str]:
 
 async def logout(request: Request) -> Response:
     """Ends a session."""
-    await _checked_form(request)
+    await checked_form(request)
     hub = desk_of(request).hub
     assert hub is not None
     await asyncio.to_thread(sessions.sign_out, hub, session_of(request))
@@ -72,9 +73,10 @@ async def action(request: Request) -> Response:
     if request.method == "GET":
         context = {"title": found.title, "action": found, "name": asked["name"], "path": request.url.path}
         return HTMLResponse(page("confirm.html", context | {"csrf": sessions.csrf_token(session_of(request))}))
-    form = await _checked_form(request)
+    form = await checked_form(request)
     if form.get("confirmed") != "yes":
         raise HTTPException(400, "expected a confirmed action")
     await asyncio.to_thread(found.do, hub, asked["name"])
     logger.info("operator did action=%s kind=%s name=%s", found.name, found.kind, asked["name"])
-    return RedirectResponse("/" if found.kind == "devices" else f"/runs/{asked['name']}", 303)
+    places = {"devices": "/", "runs": f"/runs/{asked['name']}", "rollouts": "/rollouts"}
+    return RedirectResponse(places[found.kind], 303)

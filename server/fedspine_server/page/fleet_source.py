@@ -5,6 +5,7 @@ Comes in: a hub. Goes out: a `Source`. Nothing is written; what a device said is
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Hashable, Mapping, Sequence
@@ -29,6 +30,7 @@ from fedspine_server.link.tables import (
     RunRow,
     TaskRow,
 )
+from fedspine_server.page.rollout_source import read_models, read_rollouts, served_models
 from fedspine_server.page.story import Story
 from fedspine_server.page.structure import groups_of
 from fedspine_server.page.views import (
@@ -86,10 +88,11 @@ class FleetSource:
             at_work = list(session.scalars(select(TaskRow).where(TaskRow.status.in_((LEASED, OFFERED)))))
             tasks = {task.device_id: task for task in at_work}
             events = list(session.scalars(select(EventRow).order_by(EventRow.event_id.desc()).limit(MOST_EVENTS)))
-        fleet = Fleet(now, (), runs, tuple(_event(event) for event in events))
+        rollouts, models = read_rollouts(self._hub), read_models(self._hub)
+        fleet = Fleet(now, (), runs, tuple(_event(event) for event in events), rollouts, models)
         asked = self._reasons(rows, fleet.current)
         shown = tuple(self._device(device, tasks.get(device.device_id), fleet, asked) for device in devices)
-        return Fleet(now, shown, runs, fleet.events)
+        return dataclasses.replace(fleet, devices=_with_models(shown, fleet, self._hub))
 
     def structure(self, run_id: str) -> tuple[Group, ...]:
         """Returns what is left of each layer."""
@@ -203,6 +206,16 @@ class FleetSource:
         if now - row.last_seen_at > usual + GRACE_SECONDS:
             return SILENT
         return PAUSED if paused else WORKING if working else WAITING
+
+
+def _with_models(devices: tuple[Device, ...], fleet: Fleet, hub: Hub) -> tuple[Device, ...]:
+    if not fleet.rollouts:
+        return devices
+    served, parts = served_models(hub), {part.device_id: part.state for part in fleet.rollouts[0].parts}
+    return tuple(
+        dataclasses.replace(d, model=served.get(d.device_id, ""), rollout_state=parts.get(d.device_id, ""))
+        for d in devices
+    )
 
 
 def _done_at(sample: Mapping[str, Any], task: TaskRow | None) -> float | None:

@@ -69,6 +69,11 @@ async def device(request: Request) -> Response:
     return await _show(request, View("device", name), f"Device {name}")
 
 
+async def rollouts(request: Request) -> Response:
+    """Which model the devices are to run, where each of them is, and what was rolled out before."""
+    return await _show(request, View("rollouts"), "Rollouts")
+
+
 async def _known_run(request: Request) -> Run:
     run = (await asyncio.to_thread(desk_of(request).source.fleet)).run(request.path_params["run_id"])
     if run is None:
@@ -103,7 +108,7 @@ async def stream(request: Request) -> Response:
     """The parts of a page as they change."""
     desk, asked = desk_of(request), request.query_params
     view = View(asked.get("page", "fleet"), asked.get("name", ""))
-    if view.page not in ("fleet", "run", "model", "device"):
+    if view.page not in ("fleet", "run", "model", "device", "rollouts"):
         raise HTTPException(404, "there is no such page")
     return EventSourceResponse(_told(desk, view, session_of(request)), ping=20, send_timeout=30)
 
@@ -131,7 +136,9 @@ async def overview(request: Request) -> Response:
     shown = (
         {**{name: getattr(run, name) for name in known}, "losses": losses, "accuracies": accuracies} if run else None
     )
-    return JSONResponse({"now": fleet.now, "run": shown, "devices": devices, "diagnosis": asdict(diagnosis)})
+    rollout = asdict(fleet.rollouts[0]) if fleet.rollouts else None
+    told = {"now": fleet.now, "run": shown, "rollout": rollout, "devices": devices}
+    return JSONResponse({**told, "diagnosis": asdict(diagnosis)})
 
 
 async def metrics_text(request: Request) -> Response:

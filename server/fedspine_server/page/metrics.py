@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, gener
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fedspine_server.page.views import PENDING, REVOKED, SILENT, Device, Fleet, Run
+from fedspine_server.page.views import PENDING, REVOKED, SILENT, Device, Fleet, Rollout, Run
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 BUCKETS = (1, 3, 10, 30, 60, 180, 600, 1800, 3600, 10800)
@@ -56,6 +56,7 @@ class _Fleet(Collector):
         yield from _runs(self._fleet.runs)
         yield from _rounds(self._fleet.runs)
         yield from _exchange(self._fleet.runs)
+        yield from _rollouts(self._fleet.rollouts)
 
 
 def _gauge(name: str, words: str, labels: list[str], found: Iterable[tuple[list[str], float | None]]) -> Metric:
@@ -156,3 +157,18 @@ def _exchange(runs: tuple[Run, ...]) -> Iterator[Metric]:
     for reason, count in sorted(refused.items()):
         rejected.add_metric([reason], count)
     yield from (transfer, updates, rejected)
+
+
+def _rollouts(rollouts: tuple[Rollout, ...]) -> Iterator[Metric]:
+    newest = rollouts[:1]
+    status = [([str(r.rollout_id), r.model, r.status], 1.0) for r in newest]
+    yield _gauge("rollout_status", "1 for the status of the newest rollout.", ["rollout", "model", "status"], status)
+    states = [([str(r.rollout_id), state], float(count)) for r in newest for state, count in sorted(r.counts.items())]
+    yield _gauge("rollout_devices", "Devices of the newest rollout by state.", ["rollout", "state"], states)
+    parts = [part for r in newest for part in r.parts]
+    for figure, words in (
+        ("ppl", "Perplexity of the rollout's model on a device."),
+        ("tokens_per_second", "Generated tokens per second of the rollout's model on a device."),
+    ):
+        name = "rollout_perplexity" if figure == "ppl" else f"rollout_{figure}"
+        yield _gauge(name, words, ["device"], [([part.device_id], part.figures.get(figure)) for part in parts])

@@ -26,7 +26,7 @@ CACHED_ROWS = 4096
 
 @dataclass(frozen=True)
 class View:
-    """Which page: `fleet`, `run`, `model` or `device`, and of what."""
+    """Which page: `fleet`, `run`, `model`, `device` or `rollouts`, and of what."""
 
     page: str
     name: str = ""
@@ -71,10 +71,12 @@ def parts_of(view: View, fleet: Fleet, source: Source) -> list[Part]:
         return _fleet_parts(fleet, writable=source.writable)
     if view.page == "device":
         return _device_parts(view.name, fleet, writable=source.writable)
+    if view.page == "rollouts":
+        return _rollout_parts(fleet, writable=source.writable)
     run = fleet.run(view.name)
     if run is None:
         return []
-    return _run_parts(run, fleet, source) if view.page == "run" else _model_parts(run, source)
+    return _run_parts(run, fleet, source) if view.page == "run" else _model_parts(run, fleet, source)
 
 
 def _part(name: str, html: str, signature: object = None, inside: str = "") -> Part:
@@ -104,6 +106,7 @@ def _fleet_parts(fleet: Fleet, *, writable: bool) -> list[Part]:
         _part("answers", _macro("answers")(diagnosis, fleet.current)),
         _part("pending", _macro("pending")(pending, fleet.now, writable=writable)),
         _part("findings", _macro("findings")(diagnosis)),
+        _part("rollout", _rollouts("summary")(fleet.rollouts[0] if fleet.rollouts else None)),
         _part("fleet", table, names),
         *rows,
         _part("runs", _macro("runs")(fleet)),
@@ -132,12 +135,28 @@ def _run_parts(run: Run, fleet: Fleet, source: Source) -> list[Part]:
     ]
 
 
-def _model_parts(run: Run, source: Source) -> list[Part]:
+def _model_parts(run: Run, fleet: Fleet, source: Source) -> list[Part]:
     groups = source.structure(run.run_id)
-    return [
+    found = [
         _part("model", _macro("model")(run, groups)),
         _part("exports", _macro("exports")(run, simulated=run.simulated)),
     ]
+    if source.writable:
+        found.append(_part("models", _rollouts("models")(fleet)))
+    return found
+
+
+def _rollout_parts(fleet: Fleet, *, writable: bool) -> list[Part]:
+    newest = fleet.rollouts[0] if fleet.rollouts else None
+    return [
+        _part("rollout-now", _rollouts("now")(newest, fleet, writable=writable)),
+        _part("models", _rollouts("models")(fleet)),
+        _part("rollout-history", _rollouts("history")(fleet.rollouts[1:])),
+    ]
+
+
+def _rollouts(name: str) -> Any:
+    return getattr(_environment().get_template("rollouts.html").module, name)
 
 
 def _device_parts(name: str, fleet: Fleet, *, writable: bool) -> list[Part]:

@@ -47,6 +47,8 @@ class Device:
         last_state: What became of its latest answer.
         problem: What is wrong, in words that came from it or about it.
         num_examples: Examples it trains on.
+        model: The model file that a rollout left it with; empty for none.
+        rollout_state: Where it is with the newest rollout; empty where that asks nothing of it.
         facts: What the board said of itself.
         sample: What its sensors said last.
     """
@@ -73,6 +75,8 @@ class Device:
     last_state: str = ""
     problem: str = ""
     num_examples: int = 0
+    model: str = ""
+    rollout_state: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
     sample: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -135,13 +139,58 @@ class Event:
 
 
 @dataclass(frozen=True)
+class RolloutPart:
+    """One device in a rollout: its state, why it failed, what the model does there and what the one before did."""
+
+    device_id: str
+    canary: bool
+    state: str
+    reason: str = ""
+    received_bytes: int = 0
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A rollout; `parts` are its devices, canaries first, of the newest one alone."""
+
+    rollout_id: int
+    status: str
+    model: str
+    model_bytes: int
+    gate: str
+    created_at: float
+    detail: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    parts: tuple[RolloutPart, ...] = ()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether devices are still to take it."""
+        return self.status in ("canary", "rolling")
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model that can be rolled out."""
+
+    sha256: str
+    name: str
+    num_bytes: int
+    added_at: float
+
+
+@dataclass(frozen=True)
 class Fleet:
-    """Everything at one moment; `runs` newest first."""
+    """Everything at one moment; `runs`, `rollouts` and `models` newest first."""
 
     now: float
     devices: tuple[Device, ...]
     runs: tuple[Run, ...]
     events: tuple[Event, ...] = ()
+    rollouts: tuple[Rollout, ...] = ()
+    models: tuple[ModelFile, ...] = ()
 
     @property
     def current(self) -> Run | None:

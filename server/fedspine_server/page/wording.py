@@ -6,6 +6,9 @@ Comes in: plain numbers, None where nothing was measured. Goes out: short string
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+
+from fedspine_edge.rollout_gate import Condition
 
 MISSING = "–"
 MINUTE, HOUR, DAY = 60, 3600, 86400
@@ -68,3 +71,27 @@ def names(found: list[str], most: int = 3) -> str:
     """Returns the first few of several names, and how many more there are."""
     told = ", ".join(found[:most])
     return f"{told} and {len(found) - most} more" if len(found) > most else told
+
+
+FIGURES = {
+    "ppl": "perplexity",
+    "tokens_per_second": "generated tokens per second",
+    "prompt_tokens_per_second": "prompt tokens per second",
+}
+SIGNS = {"<=": "at most", ">=": "at least", "<": "below", ">": "above"}
+
+
+def condition(found: Condition) -> str:
+    """Returns a condition of a gate as a phrase: `perplexity at most 1.05 times that of its present model`."""
+    limit = f"{found.limit:g}" if not found.of_base else f"{found.limit:g} times that of its present model"
+    return f"{FIGURES[found.figure]} {SIGNS[found.sign]} {limit}"
+
+
+def figure(value: float | None) -> str:
+    """Returns a measured figure with three digits that mean something."""
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def counts(found: Mapping[str, int]) -> str:
+    """Returns how many devices are in each state: `12 committed, 1 failed`."""
+    return ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(found.items())) or MISSING
