@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import page_fleet
@@ -23,6 +24,7 @@ from fedspine_server.link.tables import ACCEPTED, DeviceRow
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 RUN = f"/runs/{page_fleet.RUN_ID}"
 PAGES = {"fleet": ("/", 1080), "run": (RUN, 1350), "model": (f"{RUN}/model", 900), "device": ("/devices/tx2-03", 1080)}
+ROLLOUT_PAGES = {"rollouts": ("/rollouts", 1000)}
 MOST_BYTES = 300_000
 
 
@@ -42,7 +44,9 @@ def main() -> None:
         threading.Thread(target=_alive, args=(hub, over), daemon=True).start()
         process = subprocess.Popen([sys.executable, "-m", "fedspine_edge.commands.serve", str(directory)])
         try:
-            _take(url, told["page_password"], out)
+            _take(url, told["page_password"], out, PAGES)
+            page_fleet.roll_out(hub)
+            _take(url, told["page_password"], out, ROLLOUT_PAGES)
         finally:
             over.set()
             process.terminate()
@@ -59,14 +63,14 @@ def _alive(hub: Hub, over: threading.Event) -> None:
                     device.last_seen_at = hub.clock() - i % 7
 
 
-def _take(url: str, password: str, out: Path) -> None:
+def _take(url: str, password: str, out: Path, pages: Mapping[str, tuple[str, int]]) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
         for scheme in ("light", "dark"):
             context = browser.new_context(ignore_https_errors=True, color_scheme=scheme, reduced_motion="reduce")
             page = context.new_page()
             _sign_in(page, url, password)
-            for name, (path, tall) in PAGES.items():
+            for name, (path, tall) in pages.items():
                 for wide, high in ((1440, tall), (390, 1000)):
                     page.set_viewport_size({"width": wide, "height": high})
                     page.goto(url + path)
