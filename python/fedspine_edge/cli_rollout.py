@@ -37,6 +37,9 @@ def rollout_start(
     gate: Annotated[
         str, typer.Option(help="What must hold on a device: 'ppl<=1.05*base and tokens_per_second>=8'.")
     ] = "",
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text whose perplexity is measured; else a built-in English passage.")
+    ] = None,
     device: Annotated[list[str] | None, typer.Option(help="Only these devices; every one when not given.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a rollout under way.")] = False,
     wait: Annotated[
@@ -53,7 +56,8 @@ def rollout_start(
     names = canary or ["1"]
     by_number = len(names) == 1 and names[0].isdecimal()
     first = {"num_canaries": int(names[0])} if by_number else {"canaries": names}
-    request = {"gate": gate, "devices": device or None, "replace": replace, **first}
+    passage = command.read_passage(text) if text is not None else ""
+    request = {"gate": gate, "passage": passage, "devices": device or None, "replace": replace, **first}
     found = command.start(server, model, request, _tell)
     if wait:
         found = command.wait(server, found["rollout_id"], lambda seen: typer.echo(command.text(seen) + "\n", err=True))

@@ -46,6 +46,8 @@ from fedspine_edge.errors import CheckpointError, IncompatibleError
 from fedspine_edge.export.gguf import write_gguf
 from fedspine_edge.rollout_gate import parse
 
+HEALTH = "fedspine_edge.agent.health"
+
 
 class PowerCutError(Exception):
     """The board is without power."""
@@ -330,6 +332,18 @@ def test_a_model_cut_short_and_a_check_that_is_killed_or_never_ends_are_failures
         assert words in check_health(tmp_path, None, num_threads=1, beat=lambda: None, seconds=1.0)["failure"]
 
 
+def test_perplexity_is_measured_on_the_text_that_was_given(ggufs, tmp_path):
+    (tmp_path / "own.txt").write_text("How far is it from Denver to Aspen? " * 9, encoding="utf-8")
+    own, built_in = (
+        check_health(ggufs["pruned"], None, num_threads=1, beat=lambda: None, passage=passage)["figures"]["ppl"]
+        for passage in (tmp_path / "own.txt", None)
+    )
+    assert own != built_in
+    (tmp_path / "own.txt").write_text("?", encoding="utf-8")  # one token: nothing to predict
+    said = check_health(ggufs["pruned"], None, num_threads=1, beat=lambda: None, passage=tmp_path / "own.txt")
+    assert said["figures"]["ppl"] is None
+
+
 def test_a_model_before_that_cannot_be_measured_is_no_base(ggufs, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     found = check_health(ggufs["pruned"], tmp_path / "model.gguf", num_threads=1, beat=lambda: None)
@@ -430,6 +444,22 @@ def test_a_device_goes_back_to_the_model_before_and_with_none_before_to_none(dev
     assert fresh.current() is None
 
 
+def test_a_text_that_came_with_the_order_is_kept_for_the_check_and_gone_after_it(device, monkeypatch):
+    started, models, _, said = device
+    seen = []
+
+    def check(model, base, *, passage, **_):
+        seen.append(passage and passage.read_text(encoding="utf-8"))
+        return said
+
+    monkeypatch.setattr(rollout_work, "check_health", check)
+    work = started()
+    work.follow({**asked(1), "passage": "Où est-ce?"}, 10.0)
+    work.follow(asked(2, b"two"), 10.0)
+    assert seen == ["Où est-ce?", None]
+    assert list((models.folder / "staging").iterdir()) == []
+
+
 def test_a_server_that_is_away_stops_nothing_but_hears_the_end(device):
     started, models, server, _ = device
     server.away = True
@@ -487,7 +517,8 @@ def test_a_record_that_cannot_be_kept_is_tried_again_later(device, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "run"}, {"rollout_id": -1}, {"gate": [{"a": 1}]}, {"model": None},
+    [{"kind": "run"}, {"rollout_id": -1}, {"passage": 1}, {"passage": "x" * 70_000},
+     {"gate": [{"a": 1}]}, {"model": None},
      {"model": {"sha256": "../x", "num_bytes": 1, "name": "m"}},
      {"model": {"sha256": "0" * 64, "num_bytes": 1 << 50, "name": "m"}},
      {"model": {"sha256": "0" * 64, "num_bytes": 1, "name": "a/b"}}],
@@ -506,7 +537,7 @@ def test_a_health_check_ends_with_its_agent(ggufs, tmp_path):
     read, write = os.pipe()
     pid = os.spawnv(
         os.P_NOWAIT, "/bin/sh",
-        ["sh", "-c", f"exec {sys.executable} -m fedspine_edge.agent.health 1 {tmp_path / 'fifo'} <&{read} {write}<&-"],
+        ["sh", "-c", f"exec {sys.executable} -m {HEALTH} 1 '' {tmp_path / 'fifo'} <&{read} {write}<&-"],
     )  # fmt: skip
     os.mkfifo(tmp_path / "fifo")  # whoever opens it waits for ever
     os.close(read)

@@ -206,6 +206,14 @@ def test_a_rollout_needs_the_sessions_own_form_and_a_second_yes(world):
     asked = call(world, "POST", new, cookie=cookie, form=form)
     assert asked.status == 200
     assert b"perplexity at most 1 times that of its present model" in asked.data
+    own = call(world, "POST", new, cookie=cookie, form={**form, "passage": "<script>" + "x" * 5000})
+    assert b", on your text, and keeps it if" in own.data
+    assert b"<script>" not in own.data
+    back = call(
+        world, "POST", new, cookie=cookie, form={**form, "passage": "mine", "change": "yes", "confirmed": "yes"}
+    )
+    assert b">mine</textarea>" in back.data
+    assert call(world, "POST", new, cookie=cookie, form={**form, "passage": "x" * 20_000}).status == 413
     assert rollout_views.views(world.hub) == []
     reply = call(world, "POST", new, cookie=cookie, form={**form, "confirmed": "yes"})
     assert (reply.status, reply.headers["location"]) == (303, "/rollouts")

@@ -167,6 +167,16 @@ def test_canaries_first_then_everybody_and_who_joins_later_too(world, tmp_path):
     assert "pending" not in states(world)
 
 
+def test_a_text_of_the_operators_goes_with_the_order(world):
+    only = device(world, "a")
+    begin(world.hub, passage="Where is it?\nThere.")
+    assert asked(only)["passage"] == "Where is it?\nThere."
+    assert rollout_views.views(world.hub)[0].own_passage
+    for passage in ("x" * 40_000, "a\x00b"):
+        with pytest.raises(ValueError, match="passage"):
+            begin(world.hub, passage=passage, replace=True)
+
+
 def test_a_failed_canary_stops_it_and_the_others_are_asked_for_nothing(world):
     first, second, third = (device(world, name) for name in "abc")
     begin(world.hub, canaries=["a", "b"])

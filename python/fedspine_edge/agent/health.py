@@ -1,8 +1,8 @@
-"""`python -m fedspine_edge.agent.health THREADS MODEL [BASE]`: is a model whole, and what does it do on this board?
+"""`python -m fedspine_edge.agent.health THREADS PASSAGE MODEL [BASE]`: is a model whole, what does it do on this board?
 
-Comes in: GGUF files. Goes out: one JSON line, `{"figures": ..., "base": ...}` or `{"failure": "..."}`. It is a process
-of its own, and llama.cpp runs in one below it: what crashes or runs out of memory there is an answer, and the agent
-lives. It ends with its agent, whose end closes its stdin.
+Comes in: a text's file (empty for the built-in one), GGUF files. Goes out: a JSON line, `{"figures": ..., "base": ...}`
+or `{"failure": "..."}`. It is a process of its own, and llama.cpp runs in one below it: what crashes or runs out of
+memory there is an answer, and the agent lives. It ends with its agent, whose end closes its stdin.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PASSAGE = Path(__file__).parents[1] / "profiling" / "passage.txt"
 NUM_CONTEXT, NUM_PROMPT, NUM_GENERATE, REPETITIONS = 128, 64, 32, 3
 
 
-def figures_of(path: Path, num_threads: int) -> dict[str, Any]:
-    """Returns what a model does here: perplexity of a short passage, tokens/s, peak memory.
+def figures_of(path: Path, num_threads: int, passage: str) -> dict[str, Any]:
+    """Returns what a model does here: perplexity of a passage, tokens/s, peak memory.
 
     Raises:
         FedSpineError: It is no whole model, or llama.cpp does not run it.
@@ -36,7 +36,7 @@ def figures_of(path: Path, num_threads: int) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         child = open_child(stack, path, num_context=NUM_CONTEXT, num_threads=num_threads, num_batch=NUM_CONTEXT)
         child.run(NUM_PROMPT, NUM_GENERATE)  # warms up
-        losses = child.losses(PASSAGE.read_text(encoding="utf-8"))
+        losses = child.losses(passage)
         ppl = math.exp(min(statistics.fmean(losses), 700.0)) if losses else None
         if ppl is not None and not math.isfinite(ppl):
             raise IncompatibleError("expected finite losses, found NaN")
@@ -53,14 +53,14 @@ def _speed(child: Child, num_prompt: int, num_generate: int) -> float:
     return (num_prompt + num_generate) / statistics.median(seconds)
 
 
-def answer(num_threads: int, model: Path, base: Path | None) -> dict[str, Any]:
+def answer(num_threads: int, passage: str, model: Path, base: Path | None) -> dict[str, Any]:
     """Returns what is said of a model, and of the one before it where there is one."""
     try:
-        figures = figures_of(model, num_threads)
+        figures = figures_of(model, num_threads, passage)
     except FedSpineError as error:
         return {"failure": str(error)}
     try:
-        before = figures_of(base, num_threads) if base is not None else None
+        before = figures_of(base, num_threads, passage) if base is not None else None
     except (IncompatibleError, CheckpointError) as error:
         sys.stderr.write(f"the model before cannot be measured: {error}\n")
         before = None
@@ -77,9 +77,10 @@ def main() -> None:
     threading.Thread(target=_end_with_agent, name="agent", daemon=True).start()
     with contextlib.suppress(OSError):  # when memory runs out, the kernel is to take this one
         Path("/proc/self/oom_score_adj").write_text("1000")
-    num_threads, *files = sys.argv[1:]
+    num_threads, text, *files = sys.argv[1:]
+    passage = Path(text or PASSAGE).read_text(encoding="utf-8")
     model, base = Path(files[0]), Path(files[1]) if len(files) > 1 else None
-    sys.stdout.write(json.dumps(answer(int(num_threads), model, base)) + "\n")
+    sys.stdout.write(json.dumps(answer(int(num_threads), passage, model, base)) + "\n")
     sys.stdout.flush()
     os._exit(0)  # not to wait for the thread that waits for the agent
 

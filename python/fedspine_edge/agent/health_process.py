@@ -20,7 +20,13 @@ NOT_STOCK = ("OMP_", "OPENBLAS_", "MALLOC_")  # a model is measured as its users
 
 
 def check_health(
-    model: Path, base: Path | None, *, num_threads: int, beat: Callable[[], None], seconds: float = LONGEST_SECONDS
+    model: Path,
+    base: Path | None,
+    *,
+    num_threads: int,
+    beat: Callable[[], None],
+    passage: Path | None = None,
+    seconds: float = LONGEST_SECONDS,
 ) -> dict[str, Any]:
     """Has a model measured and returns `figures` and `base`, or `failure` with the reason.
 
@@ -29,9 +35,10 @@ def check_health(
         base: The model before; None for none.
         num_threads: Threads.
         beat: Called every second meanwhile.
+        passage: Text whose perplexity is measured; None for the built-in one.
         seconds: How long it may take.
     """
-    command = [sys.executable, "-m", "fedspine_edge.agent.health", str(num_threads), str(model)]
+    command = [sys.executable, "-m", "fedspine_edge.agent.health", str(num_threads), str(passage or ""), str(model)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(NOT_STOCK)}
     process = subprocess.Popen(
         [*command, *([str(base)] if base is not None else [])],

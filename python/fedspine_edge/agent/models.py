@@ -18,10 +18,10 @@ from pathlib import Path
 
 from fedspine_edge.agent.journal import read_document, write_document
 from fedspine_edge.agent.rollout import PHASES, Record
-from fedspine_edge.atomic import sync_directory
+from fedspine_edge.atomic import sync_directory, write_bytes
 from fedspine_edge.errors import CheckpointError
 
-MODEL_FILE, CURRENT = "model.gguf", "current"
+MODEL_FILE, CURRENT, PASSAGE_FILE = "model.gguf", "current", "passage.txt"
 
 
 class Models:
@@ -50,6 +50,12 @@ class Models:
         self._staging.mkdir(parents=True, exist_ok=True)
         write_document(self._record, dataclasses.asdict(record))
         return record
+
+    def keep_passage(self, passage: str) -> Path | None:
+        """Keeps a text that is to be measured and returns its file; None for none."""
+        file = self._staging / PASSAGE_FILE
+        write_bytes(file, passage.encode(errors="replace"))
+        return file if passage else None
 
     def path(self, sha256: str) -> Path:
         """Returns where a model lies once it is installed."""

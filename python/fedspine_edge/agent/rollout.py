@@ -41,6 +41,7 @@ class Order:
         num_bytes: Its size.
         name: What people call it.
         conditions: The gate.
+        passage: Text whose perplexity is measured; empty for the built-in one.
     """
 
     rollout_id: int
@@ -49,6 +50,7 @@ class Order:
     num_bytes: int
     name: str
     conditions: tuple[Condition, ...] = ()
+    passage: str = ""
 
 
 @dataclass(frozen=True)

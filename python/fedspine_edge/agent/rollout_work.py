@@ -164,6 +164,7 @@ class RolloutWork:
         said = check_health(
             self._models.path(order.sha256),
             self._models.path(before) if before is not None else None,
+            passage=self._models.keep_passage(order.passage),
             num_threads=self._settings.threads or len(os.sched_getaffinity(0)),
             beat=self._beat,
         )

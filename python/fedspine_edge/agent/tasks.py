@@ -22,6 +22,7 @@ TASK_ID = re.compile(r"[0-9a-f]{32}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 MAX_BYTES = 1 << 31
 MAX_MODEL_BYTES = 1 << 40
+MOST_PASSAGE = 1 << 16
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}")
 KIND = re.compile(f"{INSTALL}|{RESTORE}")
 COUNTS = ("attempt", "round_index", "rank", "num_steps", "min_steps", "seed", "chunk_bytes", "max_update_bytes")
@@ -91,6 +92,7 @@ def checked_order(found: Mapping[str, Any]) -> Order:
             _count(model, "num_bytes", MAX_MODEL_BYTES),
             _text(model, "name", MODEL_NAME),
             from_json(found["gate"]),
+            _passage(found.get("passage", "")),
         )
     except (KeyError, TypeError) as error:
         raise IncompatibleError(
@@ -98,6 +100,12 @@ def checked_order(found: Mapping[str, Any]) -> Order:
         ) from error
     except UsageError as error:
         raise IncompatibleError(str(error), hint="upgrade the older side") from error
+
+
+def _passage(found: Any) -> str:
+    if not isinstance(found, str) or len(found) > MOST_PASSAGE:
+        raise IncompatibleError(f"expected a passage of at most {MOST_PASSAGE} characters, found {found!r:.80}")
+    return found
 
 
 def own_part(reply: Mapping[str, Any]) -> dict[str, Any]:

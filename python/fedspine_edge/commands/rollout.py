@@ -19,6 +19,7 @@ OVER = ("finished", "stopped", "rolled_back", "superseded")
 LOOK_SECONDS = 1.0
 MEBIBYTE = 1 << 20
 SHORTEST_HASH = 6
+MOST_PASSAGE = 32_768
 
 
 def upload(operator: Operator, file: Path, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -82,6 +83,21 @@ def model_of(operator: Operator, wanted: str, tell: Callable[[str], None]) -> di
     return dict(found[0])
 
 
+def read_passage(file: Path) -> str:
+    """Returns a text whose perplexity devices are to measure.
+
+    Raises:
+        UsageError: It cannot be read, is no UTF-8, empty or too long.
+    """
+    try:
+        passage = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"expected a UTF-8 text in {file}, found: {error}") from error
+    if not 0 < len(passage.strip()) <= len(passage) <= MOST_PASSAGE:
+        raise UsageError(f"expected a text of 1 to {MOST_PASSAGE} characters, found {len(passage)}")
+    return passage
+
+
 def start(operator: Operator, model: str, request: Mapping[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """Begins a rollout and returns it; the gate is looked at before anything is sent.
 
@@ -128,10 +144,11 @@ def text(rollout: Mapping[str, Any]) -> str:
     """Returns a rollout and its devices as a table."""
     model = rollout["model"]
     told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(rollout["counts"].items()))
+    text_told = ", on your text" if rollout["own_passage"] else ""
     head = [
         f"rollout {rollout['rollout_id']}  {rollout['status'].replace('_', ' ')}  {told}",
         f"model     {model['name']}  {model['num_bytes'] / MEBIBYTE:.1f} MiB  {model['sha256'][:12]}",
-        f"gate      {rollout['gate'] or 'none: it has to run'}",
+        f"gate      {rollout['gate'] or 'none: it has to run'}{text_told}",
         *([f"why       {rollout['detail']}"] if rollout["detail"] else []),
     ]
     rows = [("DEVICE", "", "STATE", "SEEN", "PPL", "BASE", "T/S", "BASE", "WHY")]

@@ -14,6 +14,7 @@ from fedspine_server.link.schemas import PRINTABLE, Count, Message, Name, Sha256
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}$"
 MAX_MODEL_BYTES = 1 << 40
 MAX_ROLLOUT = 1 << 53
+MOST_PASSAGE = 32_768
 DONE = r"^(none|[0-9]{1,16}:(install|restore))$"
 
 ModelName = Annotated[str, StringConstraints(pattern=MODEL_NAME)]
@@ -53,6 +54,7 @@ class RolloutRequest(Message):
         num_canaries: How many devices go first, chosen by the server.
         canaries: Or which.
         devices: Whom it is for; null for every device, those that join later too.
+        passage: Text whose perplexity devices measure; empty for the built-in one.
         replace: Whether it may take the place of one that is under way.
     """
 
@@ -61,6 +63,7 @@ class RolloutRequest(Message):
     num_canaries: Annotated[int, Field(ge=1, le=100_000)] = 1
     canaries: Annotated[list[Name], Field(min_length=1, max_length=100_000)] | None = None
     devices: Annotated[list[Name], Field(min_length=1, max_length=100_000)] | None = None
+    passage: Annotated[str, StringConstraints(max_length=MOST_PASSAGE, pattern=r"^[^\x00]*$")] = ""
     replace: bool = False
 
 
@@ -125,6 +128,7 @@ class RolloutOrder(Message):
     kind: Literal["install", "restore"]
     model: ModelOrder
     gate: list[dict[str, Any]]
+    passage: str
 
 
 class OrderReply(Message):
@@ -155,6 +159,7 @@ class RolloutView(Message):
     detail: str
     model: ModelOrder
     gate: str
+    own_passage: bool
     canaries: list[str]
     for_devices: list[str] | None
     created_at: float

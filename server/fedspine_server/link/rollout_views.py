@@ -59,6 +59,7 @@ def _view(
         detail=row.detail,
         model=ModelOrder(sha256=row.model_sha256, num_bytes=row.model_bytes, name=row.model_name),
         gate=row.gate["text"],
+        own_passage=bool(row.gate.get("passage")),
         canaries=list(rollout.canaries),
         for_devices=None if rollout.devices is None else list(rollout.devices),
         created_at=row.created_at,

@@ -78,7 +78,11 @@ def start(hub: Hub, request: RolloutRequest) -> int:
                 model_sha256=model.sha256,
                 model_name=model.name,
                 model_bytes=model.num_bytes,
-                gate={"text": " and ".join(map(str, conditions)), "conditions": to_json(conditions)},
+                gate={
+                    "text": " and ".join(map(str, conditions)),
+                    "conditions": to_json(conditions),
+                    "passage": request.passage,
+                },
                 targets={"canaries": canaries, "devices": request.devices},
                 created_at=hub.clock(),
                 detail="",
@@ -165,7 +169,8 @@ def order_for(hub: Hub, device_id: str, done: str) -> OrderReply | None:
     if kind is None or done == f"{row.rollout_id}:{kind}":
         return None
     model = ModelOrder(sha256=row.model_sha256, num_bytes=row.model_bytes, name=row.model_name)
-    order = RolloutOrder(rollout_id=row.rollout_id, kind=kind, model=model, gate=row.gate["conditions"])  # type: ignore[arg-type]
+    gate, passage = row.gate["conditions"], row.gate.get("passage", "")
+    order = RolloutOrder(rollout_id=row.rollout_id, kind=kind, model=model, gate=gate, passage=passage)  # type: ignore[arg-type]
     return OrderReply(rollout=order)
 
 

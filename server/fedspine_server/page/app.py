@@ -40,7 +40,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
 }
-FORM_BYTES = 4096
+FORM_BYTES, ROLLOUT_BYTES = 4096, 16384  # a rollout may bring a text
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -120,7 +120,8 @@ class Shielded:
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         length = headers.get(b"content-length", "0")
-        if scope["method"] == "POST" and not (length.isdigit() and int(length) <= FORM_BYTES):
+        most = ROLLOUT_BYTES if scope["path"] == "/rollouts/new" else FORM_BYTES
+        if scope["method"] == "POST" and not (length.isdigit() and int(length) <= most):
             await Response("expected a small form", 413)(scope, receive, send)
             return
         # A site elsewhere whose name points to this machine must not read what is open on its loopback.

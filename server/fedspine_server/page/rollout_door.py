@@ -26,7 +26,7 @@ from fedspine_server.page.render import page
 
 logger = logging.getLogger(__name__)
 
-EMPTY = {"model": "", "canaries": "1", "gate": ""}
+EMPTY = {"model": "", "canaries": "1", "gate": "", "passage": ""}
 FIRST_GATE = "ppl<=1.05*base and tokens_per_second>=0.9*base"
 
 
@@ -36,15 +36,12 @@ async def new_rollout(request: Request) -> Response:
     assert hub is not None
     csrf = sessions.csrf_token(session_of(request))
     if request.method == "GET":
-        said = (
-            EMPTY
-            | {"gate": FIRST_GATE}
-            | {name: request.query_params[name] for name in EMPTY if name in request.query_params}
-        )
-        return await _form(hub, csrf, said)
+        return await _form(hub, csrf, EMPTY | {"gate": FIRST_GATE})
     form = await checked_form(request)
     said = EMPTY | {name: form.get(name, "") for name in EMPTY}
     try:
+        if form.get("change"):
+            return await _form(hub, csrf, said)
         asked = _asked(said)
         if form.get("confirmed") != "yes":
             return await _question(hub, csrf, said, asked)
@@ -60,7 +57,12 @@ async def new_rollout(request: Request) -> Response:
 
 def _asked(said: dict[str, str]) -> RolloutRequest:
     try:
-        return RolloutRequest(model_sha256=said["model"], gate=said["gate"], num_canaries=int(said["canaries"], 10))
+        return RolloutRequest(
+            model_sha256=said["model"],
+            gate=said["gate"],
+            num_canaries=int(said["canaries"], 10),
+            passage=said["passage"],
+        )
     except (ValidationError, ValueError) as error:
         raise UsageError("expected a model, a number of devices that go first, and a gate of one line") from error
 
