@@ -20,6 +20,7 @@ pytestmark = pytest.mark.images_nightly
 
 CUTS = int(os.environ.get("FEDSPINE_CUTS", "20"))
 CUTS_A_BOARD = 2
+FACTS = ("board", "variant", "version", "release")
 SEED = int(os.environ.get("FEDSPINE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
 FALL_BACK_SECONDS = 1800.0
 
@@ -82,9 +83,7 @@ def test_an_update_that_does_not_come_up_is_left_after_three_times_and_never_tak
     (tmp_path / "nothing").mkdir()
     empty = ["mksquashfs", tmp_path / "nothing", world.updates / "root.squashfs", "-noappend", "-quiet"]
     subprocess.run(empty, check=True, capture_output=True)
-    update.sign(
-        world.updates, {name: offered[name] for name in ("board", "variant", "version", "release")}, default_key()
-    )
+    update.sign(world.updates, {name: offered[name] for name in FACTS}, default_key())
     report = powered_off(board, FALL_BACK_SECONDS)
     assert (report["slot"], report["refused_releases"]) == ("a", [release])
     assert board.boot_entries() == ["slot-a.conf", "slot-b+3.conf"]
@@ -93,6 +92,23 @@ def test_an_update_that_does_not_come_up_is_left_after_three_times_and_never_tak
     assert tried >= 3
     report = powered_off(board)
     assert (report["slot"], board.said().count("Kernel panic")) == ("a", tried)
+
+
+def test_an_update_without_an_agent_is_left_after_three_times(world, image, tmp_path):
+    board = world.board()
+    board.try_out_at_start(update=True)
+    release = powered_off(board)["release"] + 100
+    offered = update.make(image, world.updates, default_key(), release=release)
+    root, packed = tmp_path / "root", world.updates / "root.squashfs"
+    subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-d", root, packed], check=True, capture_output=True)
+    shutil.rmtree(root / "opt/fedspine")
+    pack = ["mksquashfs", root, packed, "-noappend", "-quiet", "-all-root", "-comp", "zstd", "-Xcompression-level", "1"]
+    subprocess.run(pack, check=True, capture_output=True)
+    update.sign(world.updates, {name: offered[name] for name in FACTS}, default_key())
+    report = powered_off(board, FALL_BACK_SECONDS)
+    assert (report["slot"], report["refused_releases"]) == ("a", [release])
+    assert board.said().count("slot b is not good, slot a was; starting again") == 3
+    assert board.boot_entries() == ["slot-a.conf", "slot-b+3.conf"]
 
 
 def test_a_board_whose_power_is_cut_during_its_first_start_comes_back_as_one_device(world):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import logging
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedspine_edge.appliance import check, slots, updates, wifi
-from fedspine_edge.errors import FedSpineError, UsageError
+from fedspine_edge.errors import FedSpineError, LinkError, UsageError
 
 HEARD = Path("/run/fedspine/heard")
 CONFIG = Path("/config/fedspine.toml")
@@ -47,15 +46,19 @@ def main() -> None:
 
 
 def _wait_until_heard() -> None:
-    """Waits for the server; a release on trial that waits too long goes, and in the end the good slot is back."""
+    """Waits for the server; a release on trial waits only so long, then its unit has the board start again.
+
+    Raises:
+        LinkError: The release on trial was not answered in its time.
+    """
     given = re.search(r"\bfedspine\.trial_seconds=(\d+)\b", Path("/proc/cmdline").read_text())
-    limit = time.monotonic() + (float(given[1]) if given else TRIAL_SECONDS)
-    on_trial = slots.on_trial(slots.this_board())
+    seconds = float(given[1]) if given else TRIAL_SECONDS
+    limit = time.monotonic() + seconds if slots.on_trial(slots.this_board()) else float("inf")
     while not HEARD.exists():
-        if on_trial and time.monotonic() > limit:
-            logger.error("this release was not answered in its time; starting again")
-            subprocess.run(["systemctl", "--no-block", "reboot"], check=True)
-            sys.exit(1)  # else this boot would be good
+        if time.monotonic() > limit:
+            raise LinkError(
+                f"expected an answer of the server within {seconds:.0f} s of this release's start, found none"
+            )
         time.sleep(POLL_SECONDS)
 
 

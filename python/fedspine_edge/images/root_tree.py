@@ -21,7 +21,7 @@ from fedspine_edge.images.initrd import initrd, module_order
 RUNTIME = Path("opt/fedspine/runtime")
 SITE = RUNTIME / "lib/python3.11/site-packages"
 UNITS = Path("etc/systemd/system")
-NOT_KEPT = ("fedspine_server", "include", "lib", "bin", "torch/include", "torch/test", "torch/share", "torch/bin")
+NOT_KEPT = ("fedspine_server", "include", "lib", "bin", "torch/include", "torch/test", "torch/share")
 COMPILE = """
 import compileall, py_compile, sys
 mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
