@@ -127,7 +127,7 @@ def real_size(count: int) -> dict[str, Any]:
     from bench_aggregation import HIDDEN, RANKS, layout, update_of
 
     from fedspine_edge.protocol import tensors_nbytes
-    from fedspine_server import coordinator
+    from fedspine_server import coordinator, store
     from fedspine_server.results import DeviceResult
     from fedspine_server.settings import RunSettings
     from fedspine_server.spool import Spool
@@ -152,8 +152,11 @@ def real_size(count: int) -> dict[str, Any]:
             kept = clock("spool", lambda update=update: spool.keep(update))
             results.append(DeviceResult(one.device_id, "arrived", update=kept, compute_seconds=1.0 + number % 7))
         state = clock("close", lambda: coordinator.close_round(state, results, round_seconds=9.0))
+        path = clock("save", lambda: store.save(Path(folder) / "state", state))
+        state_bytes = path.stat().st_size
     return {
         "cpu_seconds_per_device_round": clock.per_device_round(count),
+        "state_bytes": state_bytes,
         "peak_bytes": peak_bytes() - before,
         "peak_bytes_per_device": (peak_bytes() - before) / count,
         "update_bytes_per_device": num_bytes / count,
@@ -290,11 +293,11 @@ def table(report: dict[str, Any]) -> str:
         cost = f"{1e3 * size['cpu_seconds_per_device_round']:.3f}"
         lines.append(f"| {count} | {cost} | {steps} | {size['peak_bytes'] / 1e6:.0f} | {kilobytes} |")
     lines += [f"{report['off_the_middle']:.1%} off the middle", ""]
-    lines += ["| devices, real size | CPU ms a device-round | assign | spool | close | MB peak | MB an update |"]
-    lines += ["|---" * 7 + "|"]
+    lines += ["| devices, real size | CPU ms a device-round | assign | spool | close | save | MB peak | MB state |"]
+    lines += ["|---" * 8 + "|"]
     for count, size in report["real"].items():
-        steps = " | ".join(f"{1e3 * size['steps'][step]:.1f}" for step in ("assign", "spool", "close"))
-        megabytes = f"{size['peak_bytes'] / 1e6:.0f} | {size['update_bytes_per_device'] / 1e6:.1f}"
+        steps = " | ".join(f"{1e3 * size['steps'][step]:.1f}" for step in ("assign", "spool", "close", "save"))
+        megabytes = f"{size['peak_bytes'] / 1e6:.0f} | {size['state_bytes'] / 1e6:.1f}"
         lines.append(f"| {count} | {1e3 * size['cpu_seconds_per_device_round']:.1f} | {steps} | {megabytes} |")
     long = report["long"]
     first, last = (1e3 * long[f"cpu_seconds_{when}"] for when in ("first", "last"))

@@ -60,6 +60,8 @@ def test_a_state_of_the_format_before_is_read(begin):
     arrays = {name: array for name, array in load_blob(blob).items() if not name.startswith("history/")}
     length = int.from_bytes(blob[:8], "little")
     header = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"][store.METADATA_KEY])
+    for index, device in enumerate(state.devices.values()):
+        arrays |= {f"kept/{index}/{name}": members for name, members in device.kept.items()}
     text = json.dumps({**json.loads(header["state"]), "history": list(state.history)}, sort_keys=True)
     header = {"version": 1, "sha256": store._checksum(text, arrays), "state": text}
     assert_same(store.from_bytes(save_blob(arrays, metadata={store.METADATA_KEY: json.dumps(header)})), state)
