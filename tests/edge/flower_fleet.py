@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -234,7 +235,11 @@ class FlowerFleet:
     def environments(self, name: str) -> list[dict[str, str]]:
         """The environments of a process and of all it started."""
         root = self._processes[name]
-        return [process.environ() for process in [root, *root.children(recursive=True)]]
+        found = []
+        for process in [root, *root.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that has just ended
+                found.append(process.environ())
+        return found
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")
