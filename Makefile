@@ -36,7 +36,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines test-page test-page-nightly test-images test-images-nightly reproduce-nightly lint image bench clean
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines .test-flower .test-ray test-page test-page-nightly test-images test-images-nightly reproduce-nightly lint image bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -72,11 +72,16 @@ test-faults: $(VENV)/.installed $(VENV)/.dev
 test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
 	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -rP -m faults --durations=0 tests/server/test_link_fuzz.py
 
+# The carriers' costs are compared first, alone; the rest waits more than it works, so two at once.
 test-engines: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 tests/edge/test_engines.py
-	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_ray.py \
-	  tests/edge/test_flower_commands.py tests/server/test_carried.py
-	$(RUN) $(BIN)/python -m pytest --durations=0 -m ray tests/edge/test_reproduce.py
+	$(MAKE) --jobs=2 --output-sync .test-flower .test-ray
+
+.test-flower:
+	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_flower_commands.py tests/server/test_carried.py
+
+.test-ray:
+	$(RUN) $(BIN)/python -m pytest --durations=0 -m ray tests/edge/test_ray.py tests/edge/test_reproduce.py
 
 test-page: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
 	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m page tests/edge/test_fleet_page.py
