@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pwd
 import shutil
@@ -22,11 +23,12 @@ from toy import tune_one
 from fedspine_edge.agent.link import UnreachableError
 from fedspine_edge.errors import LinkError
 from fedspine_edge.protocol import pack, to_bytes
-from fedspine_server.link import runs
+from fedspine_server.link import models, rollout_views, rollouts, runs
 from fedspine_server.link.credentials import CLAIM, OPERATOR, issue
 from fedspine_server.link.database import Database
 from fedspine_server.link.driving import TAKEN
 from fedspine_server.link.hub import open_hub
+from fedspine_server.link.rollout_schemas import ModelRequest, RolloutRequest
 from fedspine_server.link.tables import FINISHED
 
 pytestmark = pytest.mark.faults
@@ -190,3 +192,27 @@ def test_a_database_that_is_not_there_is_one_clear_error_without_its_password(tm
     assert "secret" not in str(told.value)
     with pytest.raises(LinkError, match="cannot use the database"):
         Database("mysterysql://somewhere")
+
+
+def test_a_rollout_goes_on_over_two_processes_when_the_one_that_settles_it_is_killed(servers):
+    content = b"GGUF" + bytes(4000)
+    sha256 = hashlib.sha256(content).hexdigest()
+    servers.hub.blobs.put(content)
+    models.add(servers.hub, sha256, ModelRequest(name="m.gguf", num_bytes=len(content)))
+    devices = [ToyDevice(world, name) for world, name in zip(servers.worlds, "ab", strict=True)]
+    for device in devices:
+        device.hello()
+    said = {"sha256": sha256, "current": sha256, "figures": {"ppl": 9.0}, "state": "committed"}
+    rollouts.start(servers.hub, RolloutRequest(model_sha256=sha256, gate="ppl<=10", canaries=["a"]))
+    until(lambda: devices[0].link.task(5.0, "none"), SECONDS)
+    dead = servers.driver()
+    servers.kill(dead)
+    servers.move(devices[dead], 1 - dead)
+    assert devices[0].link.rollout(1, said)["go_on"]
+    order = until(lambda: devices[1].link.task(5.0, "none"), SECONDS)["rollout"]
+    assert (order["kind"], order["model"]["sha256"]) == ("install", sha256)
+    devices[1].link.rollout(1, said)
+    until(lambda: rollout_views.views(servers.hub)[0].status == "finished", SECONDS)
+    assert rollout_views.views(servers.hub)[0].counts == {"committed": 2}
+    kinds = [event.kind for event in runs.events(servers.hub, None, 0) if event.kind.startswith("rollout")]
+    assert kinds == ["rollout_started", "rollout_rolling", "rollout_finished"]
