@@ -106,7 +106,7 @@ class RolloutFleet:
                 except LinkError as error:
                     self.unsound.append((name, str(error)))
 
-    def patiently(self, action, seconds=120.0):
+    def patiently(self, action, seconds=240.0):
         limit = time.monotonic() + seconds
         while True:
             try:
