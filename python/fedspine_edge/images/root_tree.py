@@ -5,6 +5,7 @@ Comes in: Debian packages, Python packages, `device_images/overlay`. Goes out: a
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -110,6 +111,7 @@ def add_python(root: Path, packages: Path, wheels: Sequence[Path]) -> Path:
         install(wheel, site)
     for folder in NOT_KEPT:
         shutil.rmtree(site / folder, ignore_errors=True)
+    _forget_what_is_not_kept(site)
     programs = root / RUNTIME / "bin"
     programs.mkdir(parents=True, exist_ok=True)
     (programs / "python").symlink_to("/usr/bin/python3.11")
@@ -120,6 +122,15 @@ def add_python(root: Path, packages: Path, wheels: Sequence[Path]) -> Path:
     program.write_text(f"#!/{RUNTIME}/bin/python\nfrom fedspine_edge.cli import main\n\nmain()\n")
     program.chmod(0o755)
     return site
+
+
+def _forget_what_is_not_kept(site: Path) -> None:
+    """Takes files that are not there out of the records of wheels; of those, some hold the path they were built in."""
+    for record in site.glob("*.dist-info/RECORD"):
+        with record.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if row and (site / row[0]).exists()]
+        with record.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def add_facts(root: Path, facts: dict[str, str], key: bytes) -> None:
