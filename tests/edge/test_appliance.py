@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 
-from fedspine_edge.appliance import slots, wifi
+from fedspine_edge.appliance import check, slots, wifi
 from fedspine_edge.errors import CheckpointError, UsageError
 
 ENTRY = (
@@ -140,3 +140,10 @@ def test_a_file_without_wifi_says_so(tmp_path):
     (tmp_path / "fedspine.toml").write_text("[server]\n")
     with pytest.raises(UsageError, match=r"expected \[wifi\]"):
         wifi.write_settings(tmp_path / "fedspine.toml", tmp_path / "wpa.conf")
+
+
+def test_a_try_out_imports_every_extension_module_of_every_package():
+    found = check.compiled()
+    assert "numpy._core._multiarray_umath" in found["numpy"]
+    assert "safetensors._safetensors_rust" in found["safetensors"]
+    assert "rich" not in found

@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import zipfile
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from tiny_image import NAMES, save_tiny_image
 
 from fedspine_edge.agent.enrolment import load_claim
 from fedspine_edge.errors import ImageError, UsageError, VerificationError
-from fedspine_edge.images import debian, disk, initrd, manifest
+from fedspine_edge.images import debian, disk, initrd, manifest, root_tree
 from fedspine_edge.images.board import boards, load_board, source_tree
 from fedspine_edge.images.provision import Belonging, claim_and_pin, config_text
 from fedspine_edge.images.verify import verify
@@ -67,6 +68,19 @@ def test_the_initial_file_system_has_every_applet_that_its_script_calls():
     assert {f"bin/{name}" for name in called} <= set(found)
     assert found["etc/modules"][1] == b"00-a.ko\n"
     assert found["init"] == (0o100755, script)
+
+
+def test_a_wheels_record_names_only_what_is_kept(tmp_path):
+    # What is left out may hold the directory a wheel was built in, and so would its checksum.
+    packages, wheel, site = tmp_path / "packages", tmp_path / "some-1-py3-none-any.whl", root_tree.SITE
+    packages.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("some/__init__.py", "lib/pkgconfig/some.pc"):
+            archive.writestr(name, "")
+        archive.writestr("some-1.dist-info/RECORD", "some/__init__.py,sha256=a,0\nlib/pkgconfig/some.pc,sha256=b,0\n")
+    root_tree.add_python(tmp_path / "root", packages, [wheel])
+    assert (tmp_path / "root" / site / "some-1.dist-info/RECORD").read_text() == "some/__init__.py,sha256=a,0\n"
+    assert not (tmp_path / "root" / site / "lib").exists()
 
 
 def test_modules_load_after_what_they_need_and_built_in_ones_not_at_all():
