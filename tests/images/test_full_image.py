@@ -15,7 +15,7 @@ from fedspine_edge.commands.start_run import run_request
 
 pytestmark = pytest.mark.images_nightly
 
-ROUNDS = 2
+ROUNDS = 6
 ROUND_SECONDS = 3600.0
 MEMORY_MIB = 3072
 COMPILED = {
