@@ -234,13 +234,12 @@ def time_in_turns(trainees: dict[str, Trainee], batches: list[Any], turns: int) 
 def importance_seconds(trainee: Trainee) -> float:
     """Returns the median wall seconds that measuring the importance takes a step of a round."""
     from fedspine_edge.importance import ImportanceMeter
-    from fedspine_edge.masks import kept_counts
     from fedspine_edge.tuning import IMPORTANCE_EVERY
 
     meter, shrunk, seconds = ImportanceMeter(), trainee.shrunk, []
     for _ in range(5):
         start = time.perf_counter()
-        meter.measure(shrunk.layout, shrunk.linears, kept_counts(shrunk.keep))
+        meter.measure(shrunk.layout, shrunk.linears, shrunk.keep)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds) / IMPORTANCE_EVERY
 

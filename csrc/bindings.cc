@@ -53,12 +53,14 @@ void Backward(const LinearShape& shape, Address dy, Address x, const PackedWeigh
 }
 
 void Score(const LinearShape& shape, const PackedWeight& weight, Address lora_a, Address lora_b,
-           Address dlora_a, Address dlora_b, float scaling, bool by_output, Address out,
-           int num_threads) {
+           Address dlora_a, Address dlora_b, float scaling, bool by_output, Index share,
+           Index phase, Address out, int num_threads) {
   CheckShape(shape, lora_a, lora_b, num_threads);
   Require(shape.rank > 0 && dlora_a != 0 && dlora_b != 0, "expected a rank and both gradients");
-  const ImportanceArgs args = {shape,       weight,  In(lora_a), In(lora_b), In(dlora_a),
-                               In(dlora_b), scaling, by_output,  Out(out),   num_threads};
+  Require(share >= 1 && phase >= 0, "expected a share of at least 1 and a phase of at least 0");
+  const ImportanceArgs args = {shape,       weight,      In(lora_a), In(lora_b),
+                               In(dlora_a), In(dlora_b), scaling,    by_output,
+                               share,       phase,       Out(out),   num_threads};
   const KernelTable& kernels = Kernels();
   kernels.importance(args, Scratch(kernels.importance_scratch(shape)));
 }
@@ -156,9 +158,9 @@ PYBIND11_MODULE(_native, m) {
       "importance",
       [](Index in_features, Index out_features, Index rank, const PackedWeight& weight,
          Address lora_a, Address lora_b, Address dlora_a, Address dlora_b, float scaling,
-         bool by_output, Address out, int num_threads) {
+         bool by_output, Index share, Index phase, Address out, int num_threads) {
         fedspine::Score({1, in_features, out_features, rank}, weight, lora_a, lora_b, dlora_a,
-                        dlora_b, scaling, by_output, out, num_threads);
+                        dlora_b, scaling, by_output, share, phase, out, num_threads);
       },
       Unlocked());
   fedspine::BindStep(m);

@@ -43,6 +43,18 @@ inline Index ImportanceScratchFloats(const LinearShape& shape) {
   return cursor.taken;
 }
 
+// The blocks of 32 features that are looked at: first, first + step, ...
+struct Sample {
+  Index first;
+  Index step;
+};
+
+inline Sample SampleOf(const ImportanceArgs& args) {
+  const Index features = args.by_output ? args.shape.in_features : args.shape.out_features;
+  const Index step = Min(args.share, NumPanels(features));
+  return {args.phase % step, step};
+}
+
 inline void PackImportance(const ImportanceArgs& args, const ImportanceScratch& scratch) {
   const Index rank = args.shape.rank;
   const Index in_features = args.shape.in_features;
@@ -99,16 +111,22 @@ inline void ScoreOutputs(const ImportanceArgs& args, const ImportanceScratch& sc
                          Index output) {
   double sums[kTileColumns] = {};
   ScoreTile scores;
-  for (Index tile = 0; tile < NumTiles(args.shape.in_features); ++tile) {
-    const Range rows = TileRange(args.shape.in_features, tile);
-    ComputeScores(args, scratch, rows, output, &scores);
-    for (Index column = 0; column < kTileColumns; column += kLanes) {
-      V sum = {};
-      for (Index row = 0; row < rows.end - rows.begin; ++row) {
-        sum += Load(scores.gradient + row * kTileColumns + column);
+  const Sample sample = SampleOf(args);
+  for (Index block = sample.first; block < NumPanels(args.shape.in_features);
+       block += sample.step) {
+    const Index begin = block * kPanelWidth;
+    const Index inputs = Min(kPanelWidth, args.shape.in_features - begin);
+    for (Index tile = 0; tile < NumTiles(inputs); ++tile) {
+      const Range range = TileRange(inputs, tile);
+      ComputeScores(args, scratch, {begin + range.begin, begin + range.end}, output, &scores);
+      for (Index column = 0; column < kTileColumns; column += kLanes) {
+        V sum = {};
+        for (Index row = 0; row < range.end - range.begin; ++row) {
+          sum += Load(scores.gradient + row * kTileColumns + column);
+        }
+        for (Index lane = 0; lane < kLanes; ++lane)
+          sums[column + lane] += static_cast<double>(sum[lane]);
       }
-      for (Index lane = 0; lane < kLanes; ++lane)
-        sums[column + lane] += static_cast<double>(sum[lane]);
     }
   }
   for (Index column = 0; column < Min(kTileColumns, args.shape.out_features - output); ++column) {
@@ -116,23 +134,34 @@ inline void ScoreOutputs(const ImportanceArgs& args, const ImportanceScratch& sc
   }
 }
 
-// out[i] for a range of inputs: across the panels, a tile's columns in float32, panels in double.
+// Adds the outputs of one tile to the sums of a range of inputs: columns in float32.
+inline void AddOutputs(const ImportanceArgs& args, const ImportanceScratch& scratch, Range inputs,
+                       Index output, double* sums) {
+  ScoreTile scores;
+  for (Index first = inputs.begin; first < inputs.end; first += kTileRows) {
+    const Range rows = {first, Min(first + kTileRows, inputs.end)};
+    ComputeScores(args, scratch, rows, output, &scores);
+    for (Index row = 0; row < rows.end - rows.begin; ++row) {
+      V sum = {};
+      for (Index column = 0; column < kTileColumns; column += kLanes) {
+        sum += Load(scores.gradient + row * kTileColumns + column);
+      }
+      sums[rows.begin + row] += static_cast<double>(SumLanes(sum));
+    }
+  }
+}
+
+// out[i] for a range of inputs: across the panels, which add up in double.
 inline void ScoreInputs(const ImportanceArgs& args, const ImportanceScratch& scratch,
                         Range inputs) {
   double* const sums = reinterpret_cast<double*>(scratch.sums);
-  ScoreTile scores;
   for (Index i = inputs.begin; i < inputs.end; ++i) sums[i] = 0;
-  for (Index output = 0; output < args.shape.out_features; output += kTileColumns) {
-    for (Index first = inputs.begin; first < inputs.end; first += kTileRows) {
-      const Range rows = {first, Min(first + kTileRows, inputs.end)};
-      ComputeScores(args, scratch, rows, output, &scores);
-      for (Index row = 0; row < rows.end - rows.begin; ++row) {
-        V sum = {};
-        for (Index column = 0; column < kTileColumns; column += kLanes) {
-          sum += Load(scores.gradient + row * kTileColumns + column);
-        }
-        sums[rows.begin + row] += static_cast<double>(SumLanes(sum));
-      }
+  const Sample sample = SampleOf(args);
+  for (Index block = sample.first; block < NumPanels(args.shape.out_features);
+       block += sample.step) {
+    const Index end = Min((block + 1) * kPanelWidth, args.shape.out_features);
+    for (Index output = block * kPanelWidth; output < end; output += kTileColumns) {
+      AddOutputs(args, scratch, inputs, output, sums);
     }
   }
   for (Index i = inputs.begin; i < inputs.end; ++i) args.out[i] = static_cast<float>(sums[i]);
@@ -143,9 +172,9 @@ inline void Importance(const ImportanceArgs& args, float* scratch_memory) {
   ScratchCursor cursor{scratch_memory, 0};
   const ImportanceScratch scratch = LayOutImportance(shape, &cursor);
   PackImportance(args, scratch);
-  const double flops = 6.0 * static_cast<double>(shape.rank) *
-                       static_cast<double>(shape.in_features) *
-                       static_cast<double>(shape.out_features);
+  const double flops =
+      6.0 * static_cast<double>(shape.rank) * static_cast<double>(shape.in_features) *
+      static_cast<double>(shape.out_features) / static_cast<double>(SampleOf(args).step);
   const Index parts = UsefulParts(flops, args.num_threads);
   RunParts(parts, [&](Index part) {
     if (args.by_output) {

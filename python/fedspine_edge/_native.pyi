@@ -53,6 +53,8 @@ def importance(
     dlora_b: int,
     scaling: float,
     by_output: bool,
+    share: int,
+    phase: int,
     out: int,
     num_threads: int,
     /,

@@ -74,6 +74,7 @@ def importance(
     grad_b: Tensor,
     scaling: float,
     axis: Literal["out", "in"],
+    sample: tuple[int, int] = (1, 0),
 ) -> Tensor:
     """Returns how much the loss leans on each output or input: sums of |G * (W + scaling B A)|.
 
@@ -87,6 +88,8 @@ def importance(
         grad_b: Gradient of `lora_b`.
         scaling: alpha / rank.
         axis: `out` for a score of each output (row sums), `in` of each input (column sums).
+        sample: (n, phase): of the features summed over, in blocks of 32, every n-th from `phase` modulo n on; n counts
+            as the number of blocks where these are fewer.
 
     Returns:
         [O] or [I], float32.
@@ -96,6 +99,8 @@ def importance(
     """
     if axis not in ("out", "in"):
         raise ValueError(f"expected axis out or in, found {axis}")
+    if sample[0] < 1 or sample[1] < 0:
+        raise ValueError(f"expected a sample of every 1st block or fewer, from phase 0 on, found {sample}")
     check_tensor("lora_a", lora_a, (None, packed.in_features))
     rank = lora_a.shape[0]
     if rank == 0:
@@ -106,12 +111,12 @@ def importance(
     factors = [tensor.detach().contiguous() for tensor in (lora_a, lora_b, grad_a, grad_b)]
     if backend() == "reference":
         named = dict(zip(("lora_a", "lora_b", "grad_a", "grad_b"), factors, strict=True))
-        return reference.importance(unpack(packed), scaling=scaling, axis=axis, **named)
+        return reference.importance(unpack(packed), scaling=scaling, axis=axis, sample=sample, **named)
     scores = torch.empty(packed.out_features if axis == "out" else packed.in_features)
     a, b, da, db = (factor.data_ptr() for factor in factors)
     sizes = (packed.in_features, packed.out_features, rank)
     out, threads = scores.data_ptr(), torch.get_num_threads()
-    _native.importance(*sizes, packed.native(), a, b, da, db, scaling, axis == "out", out, threads)
+    _native.importance(*sizes, packed.native(), a, b, da, db, scaling, axis == "out", *sample, out, threads)
     return scores
 
 

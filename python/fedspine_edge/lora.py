@@ -52,8 +52,12 @@ class LoRALinear(nn.Module):
                 x, self.packed, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, scaling=self.scaling
             )
 
-    def importance(self, axis: Literal["out", "in"]) -> Tensor:
+    def importance(self, axis: Literal["out", "in"], sample: tuple[int, int] = (1, 0)) -> Tensor:
         """Returns the LoRA-guided importance of each row (`axis="out"`) or column (`"in"`); needs gradients.
+
+        Args:
+            axis: Which.
+            sample: Which of the features on the other side are summed over (`kernels.importance`).
 
         Raises:
             ValueError: No backward pass has run since the gradients were cleared.
@@ -68,6 +72,7 @@ class LoRALinear(nn.Module):
             grad_b=self.lora_b.grad,
             scaling=self.scaling,
             axis=axis,
+            sample=sample,
         )
 
 

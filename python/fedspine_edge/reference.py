@@ -116,6 +116,7 @@ def importance(
     grad_b: Tensor,
     scaling: float,
     axis: str,
+    sample: tuple[int, int] = (1, 0),
 ) -> Tensor:
     """Returns the row sums or column sums of |G * (W + scaling B A)|, G = dB A + B dA - dB dA.
 
@@ -127,13 +128,18 @@ def importance(
         grad_b: Gradient of `lora_b`.
         scaling: alpha / rank.
         axis: `out` for a score of each output, `in` of each input.
+        sample: (n, phase): of the features summed over, in blocks of 32, every n-th from `phase` modulo n on; n counts
+            as the number of blocks where these are fewer.
 
     Returns:
         [O] or [I].
     """
     gradient = torch.cat([grad_b, lora_b], dim=1) @ torch.cat([lora_a - grad_a, grad_a], dim=0)
     scores = (gradient * (weight + scaling * lora_b @ lora_a)).abs()
-    return scores.sum(dim=1 if axis == "out" else 0)
+    dim = 1 if axis == "out" else 0
+    blocks = torch.arange(scores.shape[dim]) // PANEL_WIDTH
+    step = min(sample[0], int(blocks[-1]) + 1)
+    return scores.index_select(dim, (blocks % step == sample[1] % step).nonzero().flatten()).sum(dim)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gather.h"
@@ -182,24 +183,31 @@ void TestImportanceMatchesPlainLoops(WeightFormat format) {
     Add(&gradient, Product(ToDouble(db), ToDouble(da), o, r, i), -1);
     Doubles weight = ToDouble(layer.w);
     Add(&weight, Product(b64, a64, o, r, i), static_cast<double>(Layer::kScaling));
-    Doubles rows(Size(o), 0.0), columns(Size(i), 0.0);
-    for (Index n = 0; n < o * i; ++n) {
-      const double score = std::fabs(gradient[Size(n)] * weight[Size(n)]);
-      rows[Size(n / i)] += score;
-      columns[Size(n % i)] += score;
-    }
-    Floats first;
-    for (const bool by_output : {true, false}) {
-      for (const int threads : {1, 2, 3}) {
-        const fedspine::KernelTable& kernels = fedspine::Kernels();
-        const Scratch scratch(kernels.importance_scratch(shape));
-        Floats out(Size(by_output ? o : i));
-        kernels.importance({shape, layer.packed.Get(), layer.a.data(), layer.b.data(), da.data(),
-                            db.data(), Layer::kScaling, by_output, out.data(), threads},
-                           scratch.get());
-        ExpectClose(out, by_output ? rows : columns, Describe("importance", shape, threads));
-        if (threads == 1) first = out;
-        if (out != first) Fail(Describe("importance bits differ", shape, threads));
+    for (const auto& [share, phase] : {std::pair<Index, Index>{1, 0}, {4, 6}, {100, 1}}) {
+      const auto taken = [&, n = share, at = phase](Index feature, Index features) {
+        const Index step = std::min(n, (features + 31) / 32);
+        return feature / 32 % step == at % step;
+      };
+      Doubles rows(Size(o), 0.0), columns(Size(i), 0.0);
+      for (Index n = 0; n < o * i; ++n) {
+        const double score = std::fabs(gradient[Size(n)] * weight[Size(n)]);
+        if (taken(n % i, i)) rows[Size(n / i)] += score;
+        if (taken(n / i, o)) columns[Size(n % i)] += score;
+      }
+      Floats first;
+      for (const bool by_output : {true, false}) {
+        for (const int threads : {1, 2, 3}) {
+          const fedspine::KernelTable& kernels = fedspine::Kernels();
+          const Scratch scratch(kernels.importance_scratch(shape));
+          Floats out(Size(by_output ? o : i));
+          kernels.importance(
+              {shape, layer.packed.Get(), layer.a.data(), layer.b.data(), da.data(), db.data(),
+               Layer::kScaling, by_output, share, phase, out.data(), threads},
+              scratch.get());
+          ExpectClose(out, by_output ? rows : columns, Describe("importance", shape, threads));
+          if (threads == 1) first = out;
+          if (out != first) Fail(Describe("importance bits differ", shape, threads));
+        }
       }
     }
   }
@@ -303,7 +311,7 @@ void TestUnusualWeights() {
     Fail("bfloat16 of what is not finite");
   }
   const Floats bytes = Unpack(Pack(odd, 5, 2, WeightFormat::kInt8), 5, 2, 1);
-  for (const std::size_t i : {0, 1, 2, 3}) {
+  for (std::size_t i = 0; i < 4; ++i) {
     if (!std::isnan(bytes[i])) Fail("int8 of a row that is not finite");
   }
   if (bytes[4] != 0 || bytes[5] != 0 || std::fabs(bytes[6]) > 2e-44f ||

@@ -299,6 +299,24 @@ def test_importance_matches_the_dense_definition(each_backend, out_features, in_
     assert_close(found, scores.sum(1 if axis == "out" else 0))
 
 
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_importance_of_a_sample_sums_over_its_blocks(each_backend, axis):
+    packed = kernels.pack(draw(130, 200))
+    factors = {"lora_a": draw(3, 200), "lora_b": draw(130, 3), "grad_a": draw(3, 200, seed=1)}
+
+    def scores(*sample: int) -> Tensor:
+        return kernels.importance(packed, **factors, grad_b=draw(130, 3, seed=1), scaling=1.0, axis=axis, sample=sample)
+
+    whole = scores(1, 5)
+    assert_close(sum(scores(4, phase) for phase in range(4)), whole.double())
+    assert torch.equal(scores(4, 6), scores(4, 2))
+    assert not torch.equal(scores(4, 0), scores(4, 1))
+    blocks = 7 if axis == "out" else 5
+    assert torch.equal(scores(100, blocks + 1), scores(blocks, 1))  # there is always one to look at
+    with pytest.raises(ValueError, match="expected a sample of every 1st block or fewer"):
+        scores(0, 0)
+
+
 def call(**changes):
     arguments = {"bias": None, "lora_a": draw(2, 4), "lora_b": draw(5, 2), "scaling": 1.0, "x": draw(3, 4)}
     arguments.update(changes)
