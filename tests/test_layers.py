@@ -21,6 +21,7 @@ EDGE_ORDER = [
     ["fused"],
     ["base_model", "tuning"],
     ["update", "workbench", "memory_plan"],
+    ["head_statistics"],
     ["device", "solo", "hf"],
     ["checkpoint"],
     ["export"],

@@ -16,13 +16,14 @@ import numpy as np
 
 from fedspine_edge.batches import TokenSet, training_batches
 from fedspine_edge.hardware import available_memory_bytes, peak_memory_bytes, reset_peak_memory
+from fedspine_edge.head_statistics import head_statistics
 from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.masks import Keep, blend, choose, kept_counts
 from fedspine_edge.memory_plan import StepShape, check_memory
 from fedspine_edge.protocol import Assignment, DeviceReport, Layout, Update
-from fedspine_edge.quantized import Pair, packed
+from fedspine_edge.quantized import Pair, as_float16, packed
 from fedspine_edge.tuning import tune
-from fedspine_edge.update import arrays, assigned_factors, load_task_head, to_update
+from fedspine_edge.update import arrays, assigned_factors, check_base, load_task_head, to_update
 from fedspine_edge.workbench import Workbench
 
 FROZEN_AGREEMENT = 1.0
@@ -61,12 +62,15 @@ def run_round(
         on_step: Called after each step with how many are done and its loss; may wait, or end the round by an exception.
 
     Raises:
-        IncompatibleError: The assignment is for another base model.
+        IncompatibleError: The assignment is for another base model, or its arrays are not of its layout.
         MemoryLimitError: A step at the ratio it begins with does not fit.
         TuningError: The loss is not finite.
     """
+    if assignment.work == "head-statistics":
+        return _sum_for_head(bench, assignment, examples), state
     reset_peak_memory()
     start = time.perf_counter()
+    assignment = as_float16(assignment, assignment.update_dtype, bench.layout)
     pruner = _Pruner(assignment, bench.layout, state)
     keep = pruner.mask(0)
     longest = max(map(len, examples.rows))
@@ -106,6 +110,30 @@ def run_round(
         return update, remembered
     tensors, residuals = packed(update.tensors, bench.layout, assignment.update_dtype, state.residuals)
     return dataclasses.replace(update, tensors=tensors), dataclasses.replace(remembered, residuals=residuals)
+
+
+def _sum_for_head(bench: Workbench, assignment: Assignment, examples: TokenSet) -> Update:
+    reset_peak_memory()
+    start = time.perf_counter()
+    check_base(assignment, bench.layout)
+    tensors, loss, num_batches = head_statistics(bench, assignment, examples)
+    return Update(
+        run_id=assignment.run_id,
+        device_id=assignment.device_id,
+        round_index=assignment.round_index,
+        base_sha256=assignment.base_sha256,
+        pruning_ratio=0.0,
+        rank=assignment.rank,
+        report=DeviceReport(
+            num_examples=len(examples),
+            num_steps=num_batches,
+            loss_before=loss,
+            loss_after=loss,
+            compute_seconds=time.perf_counter() - start,
+            peak_memory_bytes=peak_memory_bytes(),
+        ),
+        tensors=tensors,
+    )
 
 
 def _budget(assignment: Assignment, clock: Callable[[], float]) -> Callable[[int], bool]:

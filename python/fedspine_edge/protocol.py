@@ -14,8 +14,16 @@ Array names in `Assignment.tensors` and `Update.tensors`:
 | `mean_input/<matrix>`   | [in_features]   | float16 | mean input of an o/down matrix, NaN where not measured   |
 | `task_head/<parameter>` | the parameter's | float32 | parameters trained densely (a classifier)                |
 
+An assignment to sum for a new task head has the task head alone, its answer these (d inputs, C classes):
+
+| name                       | shape           | dtype   | meaning                                          |
+|----------------------------|-----------------|---------|--------------------------------------------------|
+| `head_statistics/counts`   | [C]             | int32   | examples of each class                           |
+| `head_statistics/sums`     | [C, d]          | float16 | sums of a class's inputs, over all examples      |
+| `head_statistics/products` | [d (d + 1) / 2] | float16 | mean outer product of the inputs, lower triangle |
+
 In an assignment `keep/<group>` are the candidates: the device may keep these only. A matrix's `in_group` has its kept
-columns, its `out_group` its kept rows. `quantized` says what is different in an update of integers.
+columns, its `out_group` its kept rows. `quantized` says what is different in messages of integers.
 Source: FedSpine (arXiv 2501.02438), the workflow of a round; docs/protocol.md.
 """
 
@@ -35,8 +43,9 @@ from safetensors.numpy import save as save_blob
 
 from fedspine_edge.errors import IncompatibleError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 1 << 31
+MAX_HEAD_EXAMPLES = 64  # of a device in head statistics: the fleet has enough, and the largest shard is not waited for
 COMPRESSION_LEVEL = 1  # float16 factors hardly shrink; higher levels save no more and take longer
 
 
@@ -117,6 +126,27 @@ class Layout:
         )
 
 
+@dataclass(frozen=True)
+class HeadLinear:
+    """The last linear layer of a task head.
+
+    Attributes:
+        name: Path of the module in the model.
+        num_classes: Its outputs.
+        width: Its inputs.
+    """
+
+    name: str
+    num_classes: int
+    width: int
+
+
+def head_linear(layout: Layout) -> HeadLinear | None:
+    """Returns the last linear layer of the task head; None for a model without one."""
+    weights = [(name, shape) for name, shape in layout.task_head if name.endswith(".weight") and len(shape) == 2]
+    return HeadLinear(weights[-1][0].removesuffix(".weight"), *weights[-1][1]) if weights else None
+
+
 def expand_members(members: np.ndarray, num_members: int, features: int) -> np.ndarray:
     """Returns the feature indices that the given members own, sorted, int64 [kept * features / num_members].
 
@@ -153,8 +183,11 @@ class Assignment:
         importance: What members are ranked by; a key of `fedspine_edge.importance.KINDS`.
         budget_seconds: Local work after which the device stops by its own clock; None does all `num_steps`.
         min_steps: Iterations that it does all the same.
-        update_dtype: How the answer's factors travel: `float16`, `int8` or `int4` (`quantized`).
         base_dtype: How the device holds the frozen weights: `float32`, `bfloat16` or `int8`.
+        update_dtype: How the answer's factors travel: `float16`, `int8` or `int4`; those of the assignment itself are
+            of int8 unless it is `float16` (`quantized`).
+        work: `tune`, or `head-statistics`: sum what a new task head is solved from (`head_statistics`); then the model
+            is the base as it is, and what is said of pruning, rank and learning does not matter.
     """
 
     run_id: str
@@ -178,6 +211,7 @@ class Assignment:
     min_steps: int = 1
     update_dtype: str = "float16"
     base_dtype: str = "float32"
+    work: str = "tune"
 
 
 @dataclass(frozen=True)
@@ -217,9 +251,14 @@ class Update:
     tensors: Mapping[str, np.ndarray] = field(repr=False, compare=False)
 
 
+def sent_tensors(message: Assignment | Update) -> Mapping[str, np.ndarray]:
+    """Returns a message's arrays as they travel; those of a message of integers are read as float16 (`quantized`)."""
+    return getattr(message.tensors, "sent", message.tensors)
+
+
 def tensors_nbytes(message: Assignment | Update) -> int:
     """Returns the bytes of a message's arrays on the wire."""
-    return sum(array.nbytes for array in message.tensors.values())
+    return sum(array.nbytes for array in sent_tensors(message).values())
 
 
 def to_bytes(message: Assignment | Update) -> bytes:
@@ -228,7 +267,7 @@ def to_bytes(message: Assignment | Update) -> bytes:
     if isinstance(message, Update):
         scalars["report"] = dataclasses.asdict(message.report)
     header = {"protocol": PROTOCOL_VERSION, "kind": type(message).__name__, **scalars}
-    arrays = {name: np.ascontiguousarray(array) for name, array in message.tensors.items()}
+    arrays = {name: np.ascontiguousarray(array) for name, array in sent_tensors(message).items()}
     return bytes(save_blob(arrays, metadata={"fedspine": json.dumps(header, sort_keys=True)}))
 
 

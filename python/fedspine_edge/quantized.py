@@ -1,8 +1,9 @@
-"""Updates in 8 or 4 bits: block-wise integers for LoRA factors, one bit a member for masks, what was lost made up for.
+"""Messages in 8 or 4 bits: block-wise integers for LoRA factors, one bit a member for masks, what was lost made up for.
 
 Comes in: factors as arrays. Goes out: codes and scales, and back. Each component of A and of B (rows of A, columns of
 B) is cut into blocks of 64 values that share a float16 scale. numpy and the standard library only: the server reads
-updates with it.
+updates and writes assignments with it. An assignment has 8 bits even where its answer has 4: what a device begins with
+nobody makes up for.
 
 What rounding lost is not lost for good: the device keeps the product's residual and adds it before it rounds again.
 Factors of two rounds have nothing in common (the server turns their basis), products have, so the residual is one, kept
@@ -15,22 +16,26 @@ product is ours.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from fedspine_edge.errors import IncompatibleError
-from fedspine_edge.protocol import Layout, Update, expand_members
+from fedspine_edge.protocol import Assignment, Layout, Update, expand_members
 
 LEVELS = {"int8": 127, "int4": 7}
 UPDATE_DTYPES = ("float16", *LEVELS)
 BASE_DTYPES = ("float32", "bfloat16", "int8")  # how a device may hold the frozen weights (`gather.pack`)
+ASSIGNMENT_DTYPE = "int8"  # of the factors in an assignment whose answer is not float16
 BLOCK = 64
+PARAMETER_BYTES = {"float16": 2.0, "int8": 1 + 2 / BLOCK, "int4": 1 / 2 + 2 / BLOCK}
 RIDGE = 1e-6  # of the mean energy of A's rows
 DAMPING = 1e-2  # of B's columns: a component that has hardly begun must not be bent far
 SMALLEST_SCALE = 2.0**-24  # float16 knows nothing smaller
 
 Pair = tuple[np.ndarray, np.ndarray]
+Message = TypeVar("Message", Assignment, Update)
 
 
 def encoded(values: np.ndarray, dtype: str) -> Pair:
@@ -151,6 +156,24 @@ def packed(
     return sent | packed_masks(tensors, layout), remembered
 
 
+def packed_once(tensors: Mapping[str, np.ndarray], layout: Layout, dtype: str) -> dict[str, np.ndarray]:
+    """Returns an assignment's arrays in few bits; B is fitted anew to the rounded A, and what is lost is lost.
+
+    Args:
+        tensors: The arrays of an assignment of float16.
+        layout: The base model's layout.
+        dtype: `int8` or `int4`.
+    """
+    sent = dict(tensors)
+    for matrix in layout.matrices:
+        name_a, name_b = f"lora_a/{matrix.name}", f"lora_b/{matrix.name}"
+        a, b = tensors[name_a].astype(np.float64), tensors[name_b].astype(np.float64)
+        sent[name_a], sent[f"scale_a/{matrix.name}"] = encoded(a, dtype)
+        new_a = decoded(sent[name_a], sent[f"scale_a/{matrix.name}"], a.shape[1]).astype(np.float64)
+        sent[name_b], sent[f"scale_b/{matrix.name}"] = encoded(_fitted(new_a, RIDGE, a) @ b.T, dtype)
+    return sent | packed_masks(tensors, layout)
+
+
 def packed_masks(tensors: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
     """Returns the masks of an update as bits."""
     names = {f"keep/{group.name}": group.num_members for group in layout.groups}
@@ -163,15 +186,20 @@ def _features(layout: Layout, tensors: Mapping[str, np.ndarray], group: str | No
     return expand_members(tensors[f"keep/{group}"], layout.group(group).num_members, features)
 
 
-def as_float16(update: Update, dtype: str, layout: Layout) -> Update:
-    """Returns an update as one whose arrays are of float16, whatever it was sent as.
+def as_float16(message: Message, dtype: str, layout: Layout) -> Message:
+    """Returns a message as one whose arrays are of float16, whatever it was sent as.
+
+    Args:
+        message: An update, or an assignment.
+        dtype: What updates are sent as.
+        layout: The base model's layout.
 
     Raises:
         IncompatibleError: It does not fit the layout.
     """
-    if dtype == "float16":
-        return update
-    return dataclasses.replace(update, tensors=DecodedArrays(update.tensors, layout, update.rank))
+    if dtype == "float16" or isinstance(message.tensors, DecodedArrays):
+        return message
+    return dataclasses.replace(message, tensors=DecodedArrays(message.tensors, layout, message.rank))
 
 
 def mask_bits(members: np.ndarray, num_members: int) -> np.ndarray:
@@ -182,21 +210,24 @@ def mask_bits(members: np.ndarray, num_members: int) -> np.ndarray:
 
 
 class DecodedArrays(Mapping[str, np.ndarray]):
-    """The arrays of an update of integers as those of one of float16; each is decoded when it is asked for.
+    """The arrays of a message of integers as those of one of float16; each is decoded when it is asked for.
 
     Args:
-        arrays: What came.
+        arrays: What travels.
         layout: The base model's layout.
-        rank: The update's rank.
+        rank: The message's rank.
+
+    Attributes:
+        sent: What travels.
 
     Raises:
-        IncompatibleError: They are no such update.
+        IncompatibleError: They are no such message's.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], layout: Layout, rank: int) -> None:
-        self._arrays = arrays
+        self.sent = arrays
         self._rank = rank
-        self._readers: dict[str, Callable[[], np.ndarray]] = {}
+        self._columns: dict[str, tuple[str, int]] = {}  # lora_*/<matrix> -> its scales' name, columns as it was coded
         self._keep: dict[str, np.ndarray] = {}
         for group in layout.groups:
             bits = self._found(f"keep/{group.name}")
@@ -211,34 +242,34 @@ class DecodedArrays(Mapping[str, np.ndarray]):
             self._keep[f"keep/{group.name}"] = np.flatnonzero(mask).astype(np.int32)
         widths = {group.name: len(self._keep[f"keep/{group.name}"]) / group.num_members for group in layout.groups}
         for matrix in layout.matrices:
-            num_in = round(matrix.in_features * widths.get(matrix.in_group or "", 1.0))
-            num_out = round(matrix.out_features * widths.get(matrix.out_group or "", 1.0))
-            self._add(matrix.name, "a", num_in)
-            self._add(matrix.name, "b", num_out)
-        scales = {f"scale_{side}/{matrix.name}" for side in "ab" for matrix in layout.matrices}
-        self._names = [name for name in arrays if name not in scales]
+            self._add(matrix.name, "a", round(matrix.in_features * widths.get(matrix.in_group or "", 1.0)))
+            self._add(matrix.name, "b", round(matrix.out_features * widths.get(matrix.out_group or "", 1.0)))
 
     def _found(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
+        if name not in self.sent:
             raise IncompatibleError(f"expected an array {name}, found none")
-        return self._arrays[name]
+        return self.sent[name]
 
     def _add(self, matrix: str, side: str, columns: int) -> None:
-        def read() -> np.ndarray:
-            values = decoded(self._found(f"lora_{side}/{matrix}"), self._found(f"scale_{side}/{matrix}"), columns)
-            return values if side == "a" else values.T
+        name = f"lora_{side}/{matrix}"
+        self._columns[name] = (f"scale_{side}/{matrix}", columns)
+        found = self._decoded(name)
+        if side == "a" and len(found) != self._rank:
+            raise IncompatibleError(f"expected {self._rank} components in {name}, found {len(found)}")
 
-        if len(read()) != self._rank and side == "a":
-            raise IncompatibleError(f"expected {self._rank} components in lora_a/{matrix}, found {len(read())}")
-        self._readers[f"lora_{side}/{matrix}"] = read
+    def _decoded(self, name: str) -> np.ndarray:
+        scales, columns = self._columns[name]
+        values = decoded(self._found(name), self._found(scales), columns)
+        return values if name.startswith("lora_a/") else values.T
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self._keep:
             return self._keep[name]
-        return self._readers[name]() if name in self._readers else self._arrays[name]
+        return self._decoded(name) if name in self._columns else self.sent[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        scales = {scale for scale, _ in self._columns.values()}
+        return (name for name in self.sent if name not in scales)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.sent) - len(self._columns)

@@ -35,11 +35,7 @@ def assigned_factors(assignment: Assignment, layout: Layout, keep: Keep) -> Fact
     Raises:
         IncompatibleError: The assignment is for another base or lacks arrays.
     """
-    if assignment.base_sha256 != layout.base_sha256:
-        raise IncompatibleError(
-            f"assignment is for base {assignment.base_sha256[:12]}, this device has {layout.base_sha256[:12]}",
-            hint="give server and device the same base model",
-        )
+    check_base(assignment, layout)
     lora_a, lora_b = arrays(assignment.tensors, "lora_a"), arrays(assignment.tensors, "lora_b")
     try:
         whole = {
@@ -52,6 +48,15 @@ def assigned_factors(assignment: Assignment, layout: Layout, keep: Keep) -> Fact
     except KeyError as error:
         raise IncompatibleError(f"assignment lacks the factors of {error}") from error
     return slice_factors(layout, whole, arrays(assignment.tensors, "keep"), keep)
+
+
+def check_base(assignment: Assignment, layout: Layout) -> None:
+    """Raises IncompatibleError for an assignment that is for another base model."""
+    if assignment.base_sha256 != layout.base_sha256:
+        raise IncompatibleError(
+            f"assignment is for base {assignment.base_sha256[:12]}, this device has {layout.base_sha256[:12]}",
+            hint="give server and device the same base model",
+        )
 
 
 def load_task_head(model: Any, assignment: Assignment) -> None:

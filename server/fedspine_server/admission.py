@@ -16,6 +16,7 @@ import numpy as np
 from fedspine_edge.protocol import Assignment, Group, Layout, Update
 from fedspine_server.aggregation.hetlora import product_norm
 from fedspine_server.assignments import kept_features, kept_members
+from fedspine_server.opening import unusable
 
 RATIO_TOLERANCE = 1e-6
 
@@ -32,10 +33,11 @@ def refusal(
         num_examples: What the device registered; its weight.
         max_update_norm: Largest Frobenius norm of scaling * B @ A, and of a task-head parameter.
     """
+    wrong = _wrong_identity(update, assignment) or _wrong_report(update, assignment, num_examples)
+    if wrong or assignment.work == "head-statistics":
+        return wrong or unusable(update, layout)
     return (
-        _wrong_identity(update, assignment)
-        or _wrong_report(update, assignment, num_examples)
-        or _wrong_masks(update, assignment, layout)
+        _wrong_masks(update, assignment, layout)
         or _wrong_arrays(update, layout)
         or _wrong_values(update, assignment, layout, max_update_norm)
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedspine_edge.protocol import Layout
+from fedspine_edge.quantized import ASSIGNMENT_DTYPE, PARAMETER_BYTES
 from fedspine_server.settings import ACTIVE_MASKS_SHARE, RunSettings
 
 RATIO_GRID_SIZE = 21
@@ -40,22 +41,27 @@ class CostLaw:
     Attributes:
         lora_whole: LoRA parameters a rank that pruning never removes.
         lora_prunable: LoRA parameters a rank that go in proportion to the pruning ratio.
-        constant_bytes: Bytes each way that depend on neither (importances, mean inputs, task head).
+        constant_bytes: Bytes each way that depend on neither (masks, importances, mean inputs, task head).
+        up_bytes: Bytes a LoRA parameter takes in an update.
+        down_bytes: Bytes it takes in an assignment.
         prunable_parameters: Base weights that go in proportion to the pruning ratio.
         other_parameters: LoRA'd base weights that are never pruned.
     """
 
     lora_whole: int
     lora_prunable: int
-    constant_bytes: int
+    constant_bytes: float
+    up_bytes: float
+    down_bytes: float
     prunable_parameters: int
     other_parameters: int
 
     def transfer_bytes(self, arm: Arm, *, revive: bool) -> float:
         """Returns the bytes of an assignment and its update; with `revive` the assignment carries every member."""
         kept = 1 - arm.pruning_ratio
-        up = 2 * arm.rank * (self.lora_whole + kept * self.lora_prunable) + self.constant_bytes
-        down = 2 * arm.rank * (self.lora_whole + (1 if revive else kept) * self.lora_prunable) + self.constant_bytes
+        up = self.up_bytes * arm.rank * (self.lora_whole + kept * self.lora_prunable) + self.constant_bytes
+        offered = 1 if revive else kept
+        down = self.down_bytes * arm.rank * (self.lora_whole + offered * self.lora_prunable) + self.constant_bytes
         return up + down
 
     def memory_bytes(self, arm: Arm) -> float:
@@ -66,9 +72,10 @@ class CostLaw:
         return RUNTIME_BYTES + weights + lora
 
 
-def cost_law(layout: Layout) -> CostLaw:
-    """Returns what arms cost with this layout."""
-    whole = prunable = constant = weights = 0
+def cost_law(layout: Layout, update_dtype: str) -> CostLaw:
+    """Returns what arms cost with this layout when updates travel as that type."""
+    whole = prunable = weights = 0
+    constant = 0.0
     for matrix in layout.matrices:
         for features, group in ((matrix.out_features, matrix.out_group), (matrix.in_features, matrix.in_group)):
             whole += features if group is None else 0
@@ -80,15 +87,26 @@ def cost_law(layout: Layout) -> CostLaw:
         for extent in shape:
             size *= extent
         constant += 4 * size
-    constant += sum(6 * group.num_members for group in layout.groups)
+    halves = update_dtype == "float16"
+    constant += sum((6 if halves else 2 + 1 / 8) * group.num_members for group in layout.groups)
+    down_dtype = update_dtype if halves else ASSIGNMENT_DTYPE
     pruned = sum(group.num_members * group.parameters_per_member for group in layout.groups)
-    return CostLaw(whole, prunable, constant, pruned, max(0, weights - pruned))
+    return CostLaw(
+        lora_whole=whole,
+        lora_prunable=prunable,
+        constant_bytes=constant,
+        up_bytes=PARAMETER_BYTES[update_dtype],
+        down_bytes=PARAMETER_BYTES[down_dtype],
+        prunable_parameters=pruned,
+        other_parameters=max(0, weights - pruned),
+    )
 
 
 def num_warmup_rounds(settings: RunSettings) -> int:
-    """Returns how many rounds come before the first pruning: at least one, so that importances are known by then."""
+    """Returns how many rounds come before the first pruning: at least one that tunes, so that importances are known."""
+    least = 2 if settings.head_start == "closed-form" else 1
     return min(
-        max(1, round(settings.warmup_fraction * settings.rounds)), settings.rounds - num_cooldown_rounds(settings)
+        max(least, round(settings.warmup_fraction * settings.rounds)), settings.rounds - num_cooldown_rounds(settings)
     )
 
 

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 
 from fedspine_edge.protocol import Assignment, Layout, Matrix, Update, expand_members
+from fedspine_edge.quantized import ASSIGNMENT_DTYPE, DecodedArrays, packed_once
 from fedspine_server.aggregation.contribution import Contribution
 from fedspine_server.arms import in_cooldown, may_revive
 from fedspine_server.controllers.contract import Choice
+from fedspine_server.opening import is_opening, opening_assignment
 from fedspine_server.settings import learning_rate_of
 from fedspine_server.state import DeviceState, RunState
 
@@ -48,9 +50,9 @@ class RoundArrays:
 
     def __init__(self, state: RunState) -> None:
         self._state = state
-        self._made: dict[tuple[Any, ...], dict[str, np.ndarray]] = {}
+        self._made: dict[tuple[Any, ...], Mapping[str, np.ndarray]] = {}
 
-    def of(self, members: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+    def of(self, members: Mapping[str, np.ndarray], rank: int) -> Mapping[str, np.ndarray]:
         """Returns the arrays for a device's candidates and rank."""
         key = (rank, *(members[group.name].tobytes() for group in self._state.layout.groups))
         found = self._made.get(key)
@@ -58,7 +60,7 @@ class RoundArrays:
             if len(self._made) > len(self._state.settings.ranks):
                 del self._made[next(iter(self._made))]
             found = self._made[key] = _tensors(self._state, members, rank)
-        return dict(found)
+        return found
 
 
 def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None = None) -> Assignment:
@@ -70,6 +72,8 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
         arrays: Shared by the assignments of a round; None makes them for this one.
     """
     settings, round_index = state.settings, state.round_index
+    if is_opening(settings, state.layout, round_index):
+        return opening_assignment(settings, state.layout, state.run_id, choice, state.task_head)
     members = candidates(state, state.devices[choice.device_id])
     # Nothing more is learned of members whose fate is settled; a device measures nothing at agreement 1.
     settled = in_cooldown(settings, round_index) or settings.target_sparsity == 0
@@ -98,7 +102,14 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
     )
 
 
-def _tensors(state: RunState, members: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
+def _tensors(state: RunState, members: Mapping[str, np.ndarray], rank: int) -> Mapping[str, np.ndarray]:
+    tensors = _float16_tensors(state, members, rank)
+    if state.settings.update_dtype == "float16":
+        return tensors
+    return DecodedArrays(packed_once(tensors, state.layout, ASSIGNMENT_DTYPE), state.layout, rank)
+
+
+def _float16_tensors(state: RunState, members: Mapping[str, np.ndarray], rank: int) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for matrix in state.layout.matrices:
         factors = state.adapter[matrix.name]

@@ -32,6 +32,9 @@ def falsified(attack: str | None, layout: Layout, assignment: Assignment, update
     """
     if attack not in CHANGE_TIMES:
         return update
+    if assignment.work != "tune":
+        sums = {name: _moved(np.zeros_like(array), array, CHANGE_TIMES[attack]) for name, array in _floats(update)}
+        return dataclasses.replace(update, tensors={**update.tensors, **sums})
     dtype = assignment.update_dtype
     honest = as_float16(update, dtype, layout)
     times, tensors = CHANGE_TIMES[attack], dict(honest.tensors)
@@ -52,6 +55,10 @@ def falsified(attack: str | None, layout: Layout, assignment: Assignment, update
                 tensors |= {f"lora_{side}/{matrix.name}": codes, f"scale_{side}/{matrix.name}": scales}
         tensors |= packed_masks(tensors, layout)
     return dataclasses.replace(update, tensors=tensors)
+
+
+def _floats(update: Update) -> list[tuple[str, np.ndarray]]:
+    return [(name, array) for name, array in update.tensors.items() if array.dtype.kind == "f"]
 
 
 def _moved(begin: np.ndarray, end: np.ndarray, times: float) -> np.ndarray:

@@ -24,6 +24,7 @@ from fedspine_server.assignments import RoundArrays, build_assignment, kept_memb
 from fedspine_server.controllers import CONTROLLERS, Context, DeviceFacts
 from fedspine_server.lateness import LateResult, judge_late
 from fedspine_server.merging import merge
+from fedspine_server.opening import as_timings, is_opening, opening_choices
 from fedspine_server.results import DeviceResult, judge, round_record
 from fedspine_server.settings import RunSettings
 from fedspine_server.state import DeviceState, RunState, adapter_sha256, weight_of
@@ -142,7 +143,10 @@ def assign(state: RunState) -> tuple[tuple[Assignment, ...], RunState]:
     settings, round_index = state.settings, state.round_index
     if round_index >= settings.rounds:
         raise ValueError(f"the run is over after {settings.rounds} rounds, found a call for round {round_index}")
-    if not state.open_choices:
+    if not state.open_choices and is_opening(settings, state.layout, round_index):
+        active = [device for device in state.devices.values() if device.active]
+        state = dataclasses.replace(state, open_choices=opening_choices(settings, active))
+    elif not state.open_choices:
         context = _context(state)
         if not context.devices:
             return (), state
@@ -169,6 +173,7 @@ def close_round(
         late: Answers to earlier rounds that came since the last closing, each given once.
     """
     arrays = RoundArrays(state)
+    controller = CONTROLLERS[state.settings.controller]
     by_device = {result.device_id: result for result in results}
     verdicts = [
         judge(state, by_device.get(device_id) or DeviceResult(device_id, "dropped", detail="no answer"), arrays)
@@ -181,8 +186,9 @@ def close_round(
     updates = [*fresh, *(verdict.update for verdict in late_verdicts if verdict.update is not None)]
     record = round_record(state, verdicts, round_seconds)
     record["late"] = [verdict.record(state.round_index) for verdict in late_verdicts]
+    opening = is_opening(state.settings, state.layout, state.round_index)
     devices = dict(state.devices)
-    for update in updates:
+    for update in () if opening else updates:
         kept = kept_members(update, state.layout)
         last = devices[update.device_id]
         devices[update.device_id] = dataclasses.replace(last, last_ratio=update.pruning_ratio, kept=kept)
@@ -191,7 +197,7 @@ def close_round(
         round_index=state.round_index + 1,
         clock_seconds=state.clock_seconds + round_seconds,
         devices=devices,
-        controller_state=CONTROLLERS[state.settings.controller].observe(state.controller_state, outcomes),
+        controller_state=controller.observe(state.controller_state, as_timings(outcomes) if opening else outcomes),
         open_choices={},
         history=(*state.history, record),
     )
@@ -204,7 +210,7 @@ def record_accuracy(state: RunState, accuracy: float) -> RunState:
 
 def _context(state: RunState) -> Context:
     settings, round_index = state.settings, state.round_index
-    law = cost_law(state.layout)
+    law = cost_law(state.layout, settings.update_dtype)
     active = _participants(state, [name for name in sorted(state.devices) if state.devices[name].active])
     total = sum(weight_of(settings, device) for device in active)
     facts = tuple(

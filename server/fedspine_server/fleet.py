@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedspine_edge.protocol import Assignment, Layout, Update, tensors_nbytes
+from fedspine_edge.protocol import MAX_HEAD_EXAMPLES, Assignment, Layout, Update, tensors_nbytes
 from fedspine_server.attackers import falsified
 from fedspine_server.closing import round_end
 from fedspine_server.coordinator import Participant, assign, close_round, enlist, record_accuracy
@@ -28,6 +28,7 @@ from fedspine_server.device_models import (
     conditions_of,
     make_specs,
 )
+from fedspine_server.opening import FORWARD_SHARE
 from fedspine_server.results import DeviceResult
 from fedspine_server.spool import Spool
 from fedspine_server.state import RunState
@@ -132,6 +133,9 @@ def _trip(spec: DeviceSpec, assignment: Assignment, fleet: FleetSettings) -> _Tr
     if assignment.budget_seconds is not None:  # the device stops by its own clock, which is virtual here
         fitting = max(assignment.min_steps, math.floor(assignment.budget_seconds / step_seconds))
         num_steps = min(num_steps, fitting)
+    if assignment.work == "head-statistics":
+        num_steps = min(num_steps, math.ceil(MAX_HEAD_EXAMPLES / assignment.batch_size))
+        step_seconds *= FORWARD_SHARE
     return _Trip(
         spec=spec,
         conditions=conditions,

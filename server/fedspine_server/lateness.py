@@ -118,9 +118,17 @@ def _fate(state: RunState, one: LateResult, update: Update | None, counted: Coll
     refused = refusal(update, assignment, state.layout, num_examples=num_examples, max_update_norm=max_norm)
     if refused is not None:
         return "rejected", refused
+    superseded = _superseded(state, assignment, counted)
+    return ("superseded", superseded) if superseded else ("merged", None)
+
+
+def _superseded(state: RunState, assignment: Assignment, counted: Collection[str]) -> str | None:
+    """Returns what has made a good answer useless, None when nothing has."""
     if assignment.device_id in counted:
-        return "superseded", "a newer update of the device is merged"
-    if in_cooldown(settings, assignment.round_index) != in_cooldown(settings, state.round_index):
+        return "a newer update of the device is merged"
+    if assignment.work != "tune":
+        return "made for the opening, which is over"
+    if in_cooldown(state.settings, assignment.round_index) != in_cooldown(state.settings, state.round_index):
         # In cool-down members that no device keeps are gone for good; an older mask would bring them back.
-        return "superseded", "made before the final structure was settled"
-    return "merged", None
+        return "made before the final structure was settled"
+    return None

@@ -25,6 +25,8 @@ from fedspine_server.aggregation.robust import MEDIAN, clipped
 from fedspine_server.arms import in_cooldown
 from fedspine_server.assignments import contribution
 from fedspine_server.lateness import staleness_weight
+from fedspine_server.opening import is_opening, opened_head
+from fedspine_server.settings import RunSettings
 from fedspine_server.state import RunState, weight_of
 
 
@@ -33,6 +35,9 @@ def merge(state: RunState, updates: Sequence[Update]) -> RunState:
     if not updates:
         return state
     ordered = sorted(updates, key=lambda update: update.device_id)
+    if is_opening(state.settings, state.layout, state.round_index):
+        head = opened_head(state.layout, state.task_head, ordered, _trim_share(state.settings))
+        return dataclasses.replace(state, task_head=head)
     weights = [_weight(state, update) for update in ordered]
     task_head = {
         name: _middle(state, (update.tensors[f"task_head/{name}"] for update in ordered), weights).astype(np.float32)
@@ -86,10 +91,14 @@ def _importance(state: RunState, updates: Sequence[Update], weights: Sequence[fl
 
 def _middle(state: RunState, values: Iterable[np.ndarray], weights: Sequence[float]) -> np.ndarray:
     """What is no LoRA factor, over the devices: their mean, or what a robust rule makes of it."""
-    share = {"median": MEDIAN, "trimmed-mean": state.settings.trim_share}.get(state.settings.aggregation)
+    share = _trim_share(state.settings)
     if share is None:
         return weighted_mean(values, weights)
     return trimmed_mean(np.stack([value.astype(np.float32) for value in values]), share)
+
+
+def _trim_share(settings: RunSettings) -> float | None:
+    return {"median": MEDIAN, "trimmed-mean": settings.trim_share}.get(settings.aggregation)
 
 
 def _moved(

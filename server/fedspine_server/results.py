@@ -99,9 +99,13 @@ def judge(state: RunState, result: DeviceResult, arrays: RoundArrays) -> Verdict
         transfer_bytes=download_bytes + (tensors_nbytes(result.update) if trusted and result.update else 0),
         loss_before=report.loss_before if report else None,
         loss_after=report.loss_after if report else None,
-        update_norm=change_norm(state.layout, assignment, trusted) if trusted and fate == "merged" else None,
+        update_norm=_change(state, assignment, trusted) if trusted and fate == "merged" else None,
     )
     return Verdict(result, choice, fate, detail, download_bytes, outcome, trusted if fate == "merged" else None)
+
+
+def _change(state: RunState, assignment: Assignment, update: Update) -> float | None:
+    return change_norm(state.layout, assignment, update) if assignment.work == "tune" else None
 
 
 def readable(state: RunState, update: Update | None, assignment: Assignment) -> tuple[Update | None, str | None]:

@@ -20,6 +20,7 @@ AGGREGATION_NAMES = ("spine", "hetlora", "flexlora", "flora", "fedavg", "trimmed
 MASK_MODES = ("uniform", "per-layer", "layers")
 SCHEDULES = ("cubic", "one-shot")
 IMPORTANCES = ("lora-guided", "salience", "magnitude", "gradient", "random")
+HEAD_STARTS = ("random", "closed-form")
 EXAMPLE_WEIGHTS = ("examples", "sqrt-examples", "equal")
 ACTIVE_MASKS_SHARE = 0.7  # share of the rounds in which a pruned member may come back
 
@@ -58,6 +59,8 @@ class RunSettings:
         mask_mode: `uniform` (the same counts in each layer), `per-layer`, or `layers` (whole layers go).
         importance: What members are ranked by; a key of `fedspine_edge.importance.KINDS`.
         mean_compensation: Whether a bias stands in for what removed members contributed on average.
+        head_start: How the task head begins: `random` weights, or a `closed-form` that the first round is spent on
+            (`opening`); a decoder has no task head and begins at once.
         scaling: alpha / rank (s), the same at every rank.
         importance_gain: Weight of a round's importances in the server's moving average.
         participants: Devices of a round, drawn anew for each; 0 for all.
@@ -93,6 +96,7 @@ class RunSettings:
     mask_mode: str = "uniform"
     importance: str = "lora-guided"
     mean_compensation: bool = True
+    head_start: str = "random"
     scaling: float = 2.0
     importance_gain: float = 0.5
     participants: int = 0
@@ -184,6 +188,7 @@ def _check_names(settings: RunSettings) -> None:
         "importance": IMPORTANCES,
         "update_dtype": UPDATE_DTYPES,
         "base_dtype": BASE_DTYPES,
+        "head_start": HEAD_STARTS,
         "example_weights": EXAMPLE_WEIGHTS,
     }
     for name, allowed in choices.items():

@@ -16,7 +16,7 @@ from fedspine_edge.errors import CheckpointError, IncompatibleError, MemoryLimit
 from fedspine_edge.lora import LoRALinear, fresh_factors
 from fedspine_edge.masks import keep_all
 from fedspine_edge.protocol import Assignment, assignment_from_bytes, tensors_nbytes, to_bytes, update_from_bytes
-from fedspine_edge.quantized import as_float16
+from fedspine_edge.quantized import DecodedArrays, as_float16, packed_once
 from fedspine_edge.structure import FAMILIES
 from fedspine_edge.tuning import predict
 from fedspine_edge.workbench import GlobalModel, load_global, open_workbench
@@ -62,6 +62,11 @@ def assignment_for(bench, **changes):
         mask_agreement=0.7, mask_mode="uniform", revive=True, tensors=tensors,
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
+
+
+def in_integers(bench, assignment, dtype):
+    few = DecodedArrays(packed_once(assignment.tensors, bench.layout, "int8"), bench.layout, assignment.rank)
+    return dataclasses.replace(assignment, update_dtype=dtype, tensors=few)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -256,7 +261,7 @@ def test_a_round_on_narrow_weights_learns_nearly_the_same(dtype, tiny_models):
 def test_a_round_in_few_bits_sends_less_and_remembers_what_it_lost(dtype, tiny_models, tmp_path):
     bench, tokens = opened(tiny_models["bert"], "bert")
     plain, _ = run_round(bench, assignment_for(bench), tokens, DeviceState())
-    asked = assignment_for(bench, update_dtype=dtype)
+    asked = in_integers(bench, assignment_for(bench), dtype)
     update, state = run_round(bench, asked, tokens, DeviceState())
     assert tensors_nbytes(update) < tensors_nbytes(plain)
     read = as_float16(update, dtype, bench.layout)
@@ -273,5 +278,21 @@ def test_a_round_in_few_bits_sends_less_and_remembers_what_it_lost(dtype, tiny_m
     # A second round from what was saved, after more members went, is the same whether or not the device was restarted.
     further = dataclasses.replace(asked, round_index=1, pruning_ratio=0.5)
     one, other = (run_round(bench, further, tokens, remembered)[0] for remembered in (state, again))
+    for name, array in one.tensors.items():
+        np.testing.assert_array_equal(array, other.tensors[name])
+
+
+def test_an_assignment_of_integers_is_tuned_like_what_it_reads_as_and_survives_the_way(tiny_models):
+    bench, tokens = opened(tiny_models["bert"], "bert")
+    plain = assignment_for(bench)
+    asked = in_integers(bench, plain, "int8")
+    received = assignment_from_bytes(to_bytes(asked))
+    assert tensors_nbytes(received) == tensors_nbytes(asked) < tensors_nbytes(plain)
+    near, back = asked.tensors, as_float16(received, "int8", bench.layout).tensors
+    for name, array in plain.tensors.items():
+        np.testing.assert_array_equal(near[name], back[name])
+        if name.startswith("lora_"):
+            np.testing.assert_allclose(near[name], array, atol=0.02 * max(1e-6, float(np.abs(array).max())))
+    one, other = (run_round(bench, message, tokens, DeviceState())[0] for message in (asked, received))
     for name, array in one.tensors.items():
         np.testing.assert_array_equal(array, other.tensors[name])

@@ -28,7 +28,7 @@ def test_the_schedule_is_cubic_between_warmup_and_cooldown():
 def test_a_run_without_a_target_never_prunes():
     settings = RunSettings(rounds=9, target_sparsity=0.0)
     assert {schedule_ratio(settings, t) for t in range(9)} == {0.0}
-    arms = allowed_arms(settings, cost_law(toy.layout()), 5, last_ratio=0.0, memory_bytes=PLENTY)
+    arms = allowed_arms(settings, cost_law(toy.layout(), "float16"), 5, last_ratio=0.0, memory_bytes=PLENTY)
     assert {arm.pruning_ratio for arm in arms} == {0.0}
 
 
@@ -75,19 +75,19 @@ def test_masks_only_shrink_while_members_may_not_come_back():
 
 def test_cooldown_has_the_target_alone():
     settings = RunSettings(rounds=20, target_sparsity=0.5, ranks=(2, 8))
-    arms = allowed_arms(settings, cost_law(toy.layout()), 19, last_ratio=0.65, memory_bytes=PLENTY)
+    arms = allowed_arms(settings, cost_law(toy.layout(), "float16"), 19, last_ratio=0.65, memory_bytes=PLENTY)
     assert arms == (Arm(0.5, 2), Arm(0.5, 8))
 
 
 def test_the_schedules_own_ratio_is_among_the_arms():
     settings = RunSettings(rounds=20, target_sparsity=0.5)
-    arms = allowed_arms(settings, cost_law(toy.layout()), 5, last_ratio=0.2, memory_bytes=PLENTY)
+    arms = allowed_arms(settings, cost_law(toy.layout(), "float16"), 5, last_ratio=0.2, memory_bytes=PLENTY)
     assert schedule_ratio(settings, 5) in {arm.pruning_ratio for arm in arms}
     assert list(arms) == sorted(set(arms))
 
 
 def test_a_device_gets_only_what_fits_its_memory_and_at_least_the_cheapest():
-    settings, law = RunSettings(rounds=20, ranks=(2, 64)), cost_law(toy.layout())
+    settings, law = RunSettings(rounds=20, ranks=(2, 64)), cost_law(toy.layout(), "float16")
     limit = int(law.memory_bytes(Arm(0.0, 2)))
     arms = allowed_arms(settings, law, 0, last_ratio=0.0, memory_bytes=limit)
     assert arms == (Arm(0.0, 2),)
@@ -95,13 +95,20 @@ def test_a_device_gets_only_what_fits_its_memory_and_at_least_the_cheapest():
 
 
 def test_transfer_bytes_are_those_of_the_messages():
-    law = cost_law(toy.layout())
+    law = cost_law(toy.layout(), "float16")
     # A rank: in + out of each matrix, 2 * (q 24 + o 24 + up 28 + down 28) = 208, of which 2 * (12 + 12 + 16 + 16) = 112
     # can go.
     # Constant: importances and keep 6 * 40, mean inputs 2 * 2 * 28, classifier 4 * 3.
     constant = 240 + 112 + 12
     assert law.transfer_bytes(Arm(0.5, 2), revive=True) == 2 * 2 * (96 + 56) + 2 * 2 * 208 + 2 * constant
     assert law.transfer_bytes(Arm(0.5, 2), revive=False) == 2 * 2 * 2 * (96 + 56) + 2 * constant
+
+
+@pytest.mark.parametrize(("dtype", "up"), [("int8", 1 + 2 / 64), ("int4", 0.5 + 2 / 64)])
+def test_messages_of_integers_have_fewer_bytes_a_parameter_and_a_bit_a_member(dtype, up):
+    law = cost_law(toy.layout(), dtype)
+    constant = (2 + 1 / 8) * 40 + 112 + 12
+    assert law.transfer_bytes(Arm(0.5, 2), revive=True) == 2 * up * (96 + 56) + 2 * (1 + 2 / 64) * 208 + 2 * constant
 
 
 def test_one_shot_prunes_nothing_before_cool_down_and_everything_then():

@@ -139,7 +139,7 @@ def paid(arm):
 
 def context(names, run=SETTINGS, round_index=0):
     facts = tuple(DeviceFacts(name, 10, 1 / len(names), ARMS) for name in names)
-    return Context(run, round_index, 0.2, True, cost_law(toy.layout()), facts)
+    return Context(run, round_index, 0.2, True, cost_law(toy.layout(), "float16"), facts)
 
 
 def outcome(name, arm, gain):

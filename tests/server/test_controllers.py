@@ -16,7 +16,7 @@ SETTINGS = RunSettings(rounds=20, steps_per_round=20, ranks=(2, 8, 32), fixed_ra
 
 def context(settings=SETTINGS, devices=("a", "b"), round_index=4, arms=ARMS):
     facts = tuple(DeviceFacts(name, 10, 1 / len(devices), arms) for name in devices)
-    return Context(settings, round_index, 0.2, True, cost_law(toy.layout()), facts)
+    return Context(settings, round_index, 0.2, True, cost_law(toy.layout(), "float16"), facts)
 
 
 def outcome(name, *, step_seconds, steps=20, ratio=0.2, rank=8, byte_seconds=1e-4, norm=1.0, gain=1.0, merged=True):
