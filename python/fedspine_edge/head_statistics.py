@@ -4,8 +4,8 @@ Comes in: the base model and a device's own examples. Goes out: how many example
 their inputs and the mean outer product, from one forward pass of the base without its adapter. A few hundred kB,
 whatever the data; of a class with one example the sum is that example's features.
 
-Source: Fed3R (Fani et al., ICML 2024) and FedNCM (Legate et al., NeurIPS 2023) sum features over clients in one round;
-the bound on the examples of a device is ours.
+Source: Fed3R (Fani et al., ICML 2024, arXiv 2406.01116) and FedNCM (Legate et al., NeurIPS 2023) sum features over
+clients in one round; the bound on the examples of a device is ours.
 """
 
 from __future__ import annotations

@@ -49,12 +49,11 @@ def summed(assignment, *, work=features):
 
 
 def begun(**changes):
-    settings = RunSettings(
-        **{
-            "rounds": 6, "steps_per_round": 8, "ranks": (2, 4), "fixed_rank": 4, "controller": "fixed", "participants": 2,
-            "head_start": "closed-form", **changes,
-        }
+    plain = RunSettings(
+        rounds=6, steps_per_round=8, ranks=(2, 4), fixed_rank=4, controller="fixed", participants=2,
+        head_start="closed-form",
     )  # fmt: skip
+    settings = dataclasses.replace(plain, **changes)
     head = {name: np.zeros(shape, dtype=np.float32) for name, shape in HEAD}
     state = coordinator.init(settings, layout(), head)
     return coordinator.enlist(state, [Participant(name, count, 8 << 30) for name, count in EXAMPLES.items()])

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import uuid
 
-from fedspine_edge.protocol import Assignment, Layout, pack, to_bytes
+from fedspine_edge.protocol import Assignment, Layout, head_linear, pack, to_bytes
 from fedspine_server.link.hub import Hub
 from fedspine_server.link.tables import OFFERED, RunRow, TaskRow
 from fedspine_server.state import RunState
@@ -78,5 +78,9 @@ def max_update_bytes(layout: Layout, rank: int) -> int:
     arrays = sum(2 * rank * (m.in_features + m.out_features) + 2 * m.in_features for m in layout.matrices)
     arrays += sum(6 * group.num_members for group in layout.groups)
     arrays += sum(4 * math.prod(shape) for _, shape in layout.task_head)
+    head = head_linear(layout)
+    if head is not None:  # what an opening's answer has instead
+        sums = 2 * head.num_classes * head.width + head.width * (head.width + 1) + 4 * head.num_classes
+        arrays = max(arrays, sums)
     num_arrays = 3 * len(layout.matrices) + 2 * len(layout.groups) + len(layout.task_head)
     return arrays + TENSOR_HEADER_BYTES * num_arrays + MESSAGE_HEADER_BYTES
