@@ -59,10 +59,10 @@ def test_a_message_of_another_kind_is_refused():
 
 
 def test_another_protocol_version_is_refused(monkeypatch):
-    monkeypatch.setattr("fedspine_edge.protocol.PROTOCOL_VERSION", 3)
+    monkeypatch.setattr("fedspine_edge.protocol.PROTOCOL_VERSION", 4)
     blob = to_bytes(ASSIGNMENT)
     monkeypatch.undo()
-    with pytest.raises(IncompatibleError, match="assignment is protocol 3, this side speaks 2") as caught:
+    with pytest.raises(IncompatibleError, match="assignment is protocol 4, this side speaks 3") as caught:
         assignment_from_bytes(blob)
     assert caught.value.hint == "upgrade the older side"
 
