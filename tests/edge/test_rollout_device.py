@@ -460,6 +460,22 @@ def test_a_text_that_came_with_the_order_is_kept_for_the_check_and_gone_after_it
     assert list((models.folder / "staging").iterdir()) == []
 
 
+def test_a_long_check_keeps_in_touch_and_ends_when_the_rollout_is_taken_back(device, monkeypatch):
+    started, models, server, said = device
+
+    def check(model, base, *, beat, **_):
+        for _ in range(3):
+            beat()
+        server.go_on = False
+        beat()
+        return said
+
+    monkeypatch.setattr(rollout_work, "check_health", check)
+    started().follow(asked(1), 0.0)
+    assert [state for _, state, _ in server.told].count("checking") == 5
+    assert (models.record().phase, models.current()) == ("checking", None)
+
+
 def test_a_server_that_is_away_stops_nothing_but_hears_the_end(device):
     started, models, server, _ = device
     server.away = True

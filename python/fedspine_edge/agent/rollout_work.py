@@ -135,18 +135,9 @@ class RolloutWork:
         needed = self._settings.min_disk_bytes + max(0, order.num_bytes - there)
         if (free := self._senses.disk_free_bytes()) < needed:
             return failed(self._record, f"expected {needed} bytes free on disk, found {free}")
-        last = time.monotonic()
-
-        def on_part(received: int) -> None:
-            nonlocal last
-            self._beat()
-            if time.monotonic() - last >= self._progress_seconds:
-                last = time.monotonic()
-                self._say(self._record, received_bytes=received)
-
         try:
             # One that is installed already is proved again: it may have lain here for years.
-            self._link.download(order.sha256, order.num_bytes, place if place.is_file() else staged, on_part)
+            self._link.download(order.sha256, order.num_bytes, place if place.is_file() else staged, self._in_touch())
         except (CheckpointError, NotTakenError) as error:
             return failed(self._record, _printable(str(error)))
         self._models.install(order.sha256)
@@ -166,7 +157,7 @@ class RolloutWork:
             self._models.path(before) if before is not None else None,
             passage=self._models.keep_passage(order.passage),
             num_threads=self._settings.threads or len(os.sched_getaffinity(0)),
-            beat=self._beat,
+            beat=self._in_touch(),
         )
         if "failure" in said:
             return failed(self._record, _printable(said["failure"]))
@@ -212,6 +203,19 @@ class RolloutWork:
             raise UnreachableError(f"report not taken: {error}") from error  # asked again, but not at once
         if not reply["go_on"]:
             raise _NotWantedError(str(reply["detail"]))
+
+    def _in_touch(self) -> Callable[..., None]:
+        """Returns what a long step calls all the time: it beats, and now and then says how far the step is."""
+        last = time.monotonic()
+
+        def touch(received_bytes: int = 0) -> None:
+            nonlocal last
+            self._beat()
+            if time.monotonic() - last >= self._progress_seconds:
+                last = time.monotonic()
+                self._say(self._record, received_bytes=received_bytes)
+
+        return touch
 
     def _report(self, record: Record) -> dict[str, Any]:
         said = {"state": record.phase, "sha256": record.sha256, "current": self._models.current()}
