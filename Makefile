@@ -109,7 +109,7 @@ lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc benchmarks/arm/*.cc
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc benchmarks/arm/*.cc benchmarks/native/*.cc
 
 bench: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json

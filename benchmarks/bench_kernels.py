@@ -5,8 +5,12 @@ timed the two are asserted to agree. Ratios above 1 mean that the native kernel 
 
     python benchmarks/bench_kernels.py [--json results.json] [--quick]
 
-The JSON's `geomean_vs_peft` and `min_vs_peft` are over all shapes and ranks of the layer, and `half_vs_dense` is how
-much faster the layer is with half of its rows and columns; each a value for a number of threads and tokens.
+The JSON's `geomean_vs_peft` and `min_vs_peft` are over all shapes and ranks of the layer; `vs_onednn` is against an
+autograd.Function on weights that oneDNN has prepacked for both directions, the fastest way there is in torch;
+`half_vs_dense` is how much faster the layer is with half of its rows and columns; `bfloat16_vs_float32` and
+`int8_vs_float32` are of the layer on a narrower weight. Each is a geometric mean for a number of threads and tokens.
+`peak_fraction` is what the layer does of the multiply-adds that as many cores do on registers alone (fma_peak.cc,
+before and after, the better one).
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import math
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +39,7 @@ SHAPES = {  # (inputs, outputs)
     "MiniLM": ((384, 384), (384, 1536), (1536, 384)),
     "SmolLM2": ((576, 576), (576, 192), (576, 1536), (1536, 576)),
     "RoBERTa-base": ((768, 768), (768, 3072), (3072, 768)),
+    "TinyLlama": ((2048, 5632),),
 }
 TOKENS = (64, 128, 512, 2048)
 RANKS = (8, 16)
@@ -88,6 +95,85 @@ def layer_pair(inputs: int, outputs: int, tokens: int, rank: int) -> tuple[Run, 
     for expected, found in zip(theirs(), ours(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
     return theirs, ours
+
+
+class OneDnn(torch.autograd.Function):
+    """The layer on oneDNN's own prepacked weights: W for the forward, its transpose for the backward."""
+
+    @staticmethod
+    def forward(ctx, x, packed, transposed, bias, lora_a, lora_b):
+        """Returns y."""
+        linear = torch.ops.mkldnn._linear_pointwise
+        hidden = x @ lora_a.T
+        ctx.save_for_backward(x, hidden, lora_a, lora_b)
+        ctx.transposed = transposed
+        return linear(x, packed, bias, "none", [], "").addmm_(hidden, lora_b.T, alpha=SCALING)
+
+    @staticmethod
+    def backward(ctx, dy):
+        """Returns what a layer's backward gives: of x, A and B."""
+        x, hidden, lora_a, lora_b = ctx.saved_tensors
+        dhidden = (dy @ lora_b).mul_(SCALING)
+        dx = torch.ops.mkldnn._linear_pointwise(dy, ctx.transposed, None, "none", [], "").addmm_(dhidden, lora_a)
+        return dx, None, None, None, dhidden.T @ x, (dy.T @ hidden).mul_(SCALING)
+
+
+def onednn_pair(inputs: int, outputs: int, tokens: int, rank: int) -> tuple[Run, Run]:
+    """Returns (oneDNN, native): the same layer on weights that each has packed once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight, bias, dy = draw(outputs, inputs) * inputs**-0.5, draw(outputs), draw(tokens, outputs)
+    leaves = [draw(tokens, inputs), draw(rank, inputs) * inputs**-0.5, draw(outputs, rank) * 0.02]
+    x, lora_a, lora_b = (leaf.requires_grad_() for leaf in leaves)
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    both_ways = reorder(weight, tokens), reorder(weight.T.contiguous(), tokens)
+    packed = kernels.pack(weight)
+
+    def theirs() -> tuple[torch.Tensor, ...]:
+        y = OneDnn.apply(x, *both_ways, bias, lora_a, lora_b)
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    def ours() -> tuple[torch.Tensor, ...]:
+        y = kernels.lora_linear(x, packed, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=SCALING)
+        return (y, *torch.autograd.grad(y, leaves, dy))
+
+    for expected, found in zip(theirs(), ours(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+    return theirs, ours
+
+
+def narrow_pair(inputs: int, outputs: int, tokens: int, rank: int, dtype: str) -> tuple[Run, Run]:
+    """Returns (float32, narrow): the native layer, and the same on a weight held in a narrower format."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    leaves = [torch.randn(*shape, generator=generator) for shape in ((tokens, inputs), (rank, inputs), (outputs, rank))]
+    x, lora_a, lora_b = (leaf.requires_grad_() for leaf in leaves)
+    dy = torch.randn(tokens, outputs, generator=generator)
+
+    def run_on(packed: kernels.PackedWeight) -> Run:
+        def run() -> tuple[torch.Tensor, ...]:
+            y = kernels.lora_linear(x, packed, bias=None, lora_a=lora_a, lora_b=lora_b, scaling=SCALING)
+            return (y, *torch.autograd.grad(y, leaves, dy))
+
+        return run
+
+    narrow = kernels.pack(weight, dtype=dtype)
+    for expected, found in zip(run_on(kernels.pack(kernels.unpack(narrow)))(), run_on(narrow)(), strict=True):
+        assert torch.equal(found, expected), f"{dtype}: another result than float32 panels of the same numbers give"
+    return run_on(kernels.pack(weight)), run_on(narrow)
+
+
+def peak_gflops(threads: int) -> float:
+    """Returns the multiply-adds of as many cores at once on registers alone, as 10^9 operations a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "fma_peak"
+        flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast"]
+        subprocess.run(["c++", *flags, Path(__file__).parent / "native/fma_peak.cc", "-o", program], check=True)
+        running = [subprocess.Popen([program], stdout=subprocess.PIPE, text=True) for _ in range(threads)]
+        return sum(float(one.communicate()[0]) for one in running)
 
 
 def half_pair(inputs: int, outputs: int, tokens: int, rank: int) -> tuple[Run, Run]:
@@ -150,6 +236,11 @@ def measure(threads: int, turns: int, tokens: tuple[int, ...], ranks: tuple[int,
                     flops = 4.0 * count * inputs * outputs + 6.0 * count * rank * (inputs + outputs)
                     found = compare(*layer_pair(inputs, outputs, count, rank), turns)
                     yield row("layer", model, (inputs, outputs, count, rank, threads), flops, found)
+                    found = compare(*onednn_pair(inputs, outputs, count, rank), turns)
+                    yield row("onednn", model, (inputs, outputs, count, rank, threads), flops, found)
+                    for dtype in ("bfloat16", "int8"):
+                        found = compare(*narrow_pair(inputs, outputs, count, rank, dtype), turns)
+                        yield row(dtype, model, (inputs, outputs, count, rank, threads), flops, found)
                     flops = count * inputs * outputs + 3.0 * count * rank * (inputs + outputs)
                     found = compare(*half_pair(inputs, outputs, count, rank), turns)
                     yield row("half", model, (inputs, outputs, count, rank, threads), flops, found)
@@ -195,15 +286,26 @@ def geomean(values: list[float]) -> float:
     return math.exp(statistics.fmean(math.log(value) for value in values))
 
 
-def summary(rows: list[Ratio]) -> dict[str, dict[str, float]]:
+SUMMARY = {  # what its rows are -> a field of the JSON
+    "layer": "geomean_vs_peft",
+    "onednn": "vs_onednn",
+    "half": "half_vs_dense",
+    "bfloat16": "bfloat16_vs_float32",
+    "int8": "int8_vs_float32",
+}
+
+
+def summary(rows: list[Ratio], peaks: dict[int, float]) -> dict[str, dict[str, float]]:
     """Returns the ratios of wall time that the targets are about, by threads and tokens."""
-    found: dict[str, dict[str, float]] = {"geomean_vs_peft": {}, "min_vs_peft": {}, "half_vs_dense": {}}
+    found: dict[str, dict[str, float]] = {name: {} for name in (*SUMMARY.values(), "min_vs_peft", "peak_fraction")}
     for threads, tokens in sorted({(row.threads, row.tokens) for row in rows if row.what == "layer"}):
         alike = [row for row in rows if (row.threads, row.tokens) == (threads, tokens)]
-        walls = [row.wall for row in alike if row.what == "layer"]
         key = f"threads={threads} tokens={tokens}"
-        found["geomean_vs_peft"][key], found["min_vs_peft"][key] = geomean(walls), min(walls)
-        found["half_vs_dense"][key] = geomean([row.wall for row in alike if row.what == "half"])
+        for what, name in SUMMARY.items():
+            found[name][key] = geomean([row.wall for row in alike if row.what == what])
+        layers = [row for row in alike if row.what == "layer"]
+        found["min_vs_peft"][key] = min(row.wall for row in layers)
+        found["peak_fraction"][key] = geomean([row.gflops for row in layers]) / peaks[threads]
     return found
 
 
@@ -228,6 +330,7 @@ def main() -> None:
     options = parser.parse_args()
     facts, rows = machine_facts(), []
     ranks = (16,) if options.quick else RANKS
+    peaks = {threads: peak_gflops(threads) for threads in options.threads}
     for threads in options.threads:
         for found in measure(threads, options.turns, tuple(options.tokens), ranks):
             rows.append(found)
@@ -239,9 +342,13 @@ def main() -> None:
                 flush=True,
             )
     print_summary(rows)
+    peaks = {threads: max(peak, peak_gflops(threads)) for threads, peak in peaks.items()}
+    ratios = summary(rows, peaks)
+    for key, fraction in ratios["peak_fraction"].items():
+        print(f"{key:24} {fraction:.2f} of the peak of {peaks[int(key.split()[0][8:])]:.0f} GF/s")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {**summary(rows), "machine": facts, "rows": [asdict(row) for row in rows]}
+        document = {**ratios, "peak_gflops": peaks, "machine": facts, "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

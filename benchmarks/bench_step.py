@@ -27,6 +27,7 @@ from typing import Any
 
 SPARSITY = {"quarter": 0.25, "half": 0.5, "most": 0.75}
 VARIANTS = ("peft", "ours", *SPARSITY)
+NARROW = {"half_bfloat16": ("half", "bfloat16"), "half_int8": ("half", "int8")}  # measured for memory alone
 CASES = {
     "smollm2-135m trec": ("smollm2-135m", 8, None),
     "smollm2-135m full": ("smollm2-135m", 8, 128),
@@ -110,8 +111,7 @@ def build(case: str) -> tuple[list[Any], Callable[[str], Trainee]]:
     path = model_directory(model, cache_directory())
     decoder = model.startswith("smollm")
     examples = load_examples("trec6")[:256]
-    classes = tuple(sorted({example.label for example in examples}))
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    classes, tokenizer = tuple(sorted({one.label for one in examples})), AutoTokenizer.from_pretrained(path)
     if width is None:
         tokens = Encoding(tokenizer, classes, PROMPT if decoder else None).encode(examples)
         batches = list(training_batches(tokens, batch_size=num_rows, num_batches=NUM_BATCHES, seed=0))
@@ -119,7 +119,9 @@ def build(case: str) -> tuple[list[Any], Callable[[str], Trainee]]:
         batches = full_batches(num_rows, width, vocabulary=tokenizer.vocab_size, decoder=decoder)
 
     def trainee(variant: str) -> Trainee:
-        bench = open_workbench(path, sha256="0" * 64, num_labels=len(classes), choices=None)
+        variant, dtype = NARROW.get(variant, (variant, "float32"))
+        opened = open_workbench(path, sha256="0" * 64, num_labels=len(classes), choices=None)
+        bench = dataclasses.replace(opened, base_dtype=dtype)
         layout, keep = bench.layout, keep_all(bench.layout)
         generator = torch.Generator().manual_seed(0)
         factors = {
@@ -313,21 +315,23 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--json", type=Path, help="add the cases' figures and the machine's facts to this file")
     parser.add_argument("--plot", type=Path, help="draw the ratio against the sparsity into this SVG")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--variant", choices=(*VARIANTS, *NARROW), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
         print(peak_bytes(options.case[0], options.variant))
         return
     report = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
     ratios = ("vs_peft", *(f"{name}_vs_{whom}" for whom in ("dense", "peft") for name in SPARSITY))
-    keys = (*ratios, "saved_bytes_ratio", "rss_ratio", "half_rss_ratio")
+    thinner = ("half", *NARROW)
+    keys = (*ratios, "saved_bytes_ratio", "rss_ratio", *(f"{variant}_rss_ratio" for variant in thinner))
     for key in (*keys, "importance_share", "step_seconds", "saved_bytes", "peak_bytes"):
         report.setdefault(key, {})
     for case in options.case:
-        peaks = {variant: peak_in_own_process(case, variant) for variant in ("peft", "ours", "half")}
+        peaks = {variant: peak_in_own_process(case, variant) for variant in ("peft", "ours", *thinner)}
         report["peak_bytes"][case] = peaks
         report["rss_ratio"][case] = peaks["ours"] / peaks["peft"]
-        report["half_rss_ratio"][case] = peaks["half"] / peaks["peft"]
+        for variant in thinner:
+            report[f"{variant}_rss_ratio"][case] = peaks[variant] / peaks["peft"]
         texts = [f"{variant} {peak / 2**20:.0f} MiB" for variant, peak in peaks.items()]
         print(f"{case:28} rss_ratio {report['rss_ratio'][case]:.2f}   {', '.join(texts)}", flush=True)
         measure(case, options.threads, options.turns, report)
