@@ -7,16 +7,20 @@ import dataclasses
 import hashlib
 import os
 import pwd
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import urllib3
 from link_world import QUICK, ToyDevice, World, manifest, start_run, toy_layout, until
 from toy import tune_one
 
@@ -29,7 +33,7 @@ from fedspine_server.link.database import Database
 from fedspine_server.link.driving import TAKEN
 from fedspine_server.link.hub import open_hub
 from fedspine_server.link.rollout_schemas import ModelRequest, RolloutRequest
-from fedspine_server.link.tables import FINISHED
+from fedspine_server.link.tables import ACCEPTED, FINISHED, DeviceRow
 
 pytestmark = pytest.mark.faults
 
@@ -216,3 +220,44 @@ def test_a_rollout_goes_on_over_two_processes_when_the_one_that_settles_it_is_ki
     assert rollout_views.views(servers.hub)[0].counts == {"committed": 2}
     kinds = [event.kind for event in runs.events(servers.hub, None, 0) if event.kind.startswith("rollout")]
     assert kinds == ["rollout_started", "rollout_rolling", "rollout_finished"]
+
+
+def page_of(world, method, path, *, cookie="", form=None):
+    fields = {"Accept": "text/html", "Cookie": cookie}
+    body = urllib.parse.urlencode(form) if form is not None else None
+    reply = urllib3.request(
+        method, world.url + path, headers=fields, body=body, timeout=10, retries=False, redirect=False
+    )
+    assert reply.status in (200, 303), (path, reply.status, reply.data[:300])
+    return reply
+
+
+def streamed(world, cookie, wanted):
+    """Seconds until the stream of the fleet's page has said something."""
+    headers, begin = {"Cookie": cookie, "Accept": "text/event-stream"}, time.monotonic()
+    with urllib3.request(
+        "GET", world.url + "/stream?page=fleet", headers=headers, preload_content=False, timeout=SECONDS
+    ) as reply:
+        assert reply.status == 200
+        said = b""
+        while wanted.encode() not in said:
+            said += reply.read1(1 << 16)
+            assert time.monotonic() - begin < SECONDS, said[-2000:]
+    return time.monotonic() - begin
+
+
+def test_the_page_is_one_whichever_process_answers_and_outlives_either(servers):
+    first, second = servers.worlds
+    cookie = page_of(first, "POST", "/login", form={"password": servers.operator}).headers["set-cookie"].split(";")[0]
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(streamed, second, cookie, "newcomer")
+        device = ToyDevice(first, "newcomer", accept=False)
+        device.hello()
+        assert seen.result(SECONDS) < SECONDS
+    csrf = re.search(rb'data-csrf="([0-9a-f]{64})"', page_of(first, "GET", "/", cookie=cookie).data)[1].decode()
+    accept = {"csrf": csrf, "confirmed": "yes"}
+    page_of(second, "POST", "/devices/newcomer/accept", cookie=cookie, form=accept)
+    with servers.hub.database.read() as session:
+        assert session.get(DeviceRow, "newcomer").status == ACCEPTED
+    servers.kill(0)
+    assert b"newcomer" in page_of(second, "GET", "/", cookie=cookie).data
