@@ -33,3 +33,4 @@ for cpu in cortex-a57 max,sve=off; do
 done
 
 python benchmarks/arm_gates.py
+python benchmarks/arm_schedule.py
