@@ -21,7 +21,9 @@ from pathlib import Path
 
 import pytest
 import urllib3
+from fastapi import HTTPException
 from link_world import QUICK, ToyDevice, World, manifest, start_run, toy_layout, until
+from sqlalchemy import update
 from toy import tune_one
 
 from fedspine_edge.agent.link import UnreachableError
@@ -33,7 +35,7 @@ from fedspine_server.link.database import Database
 from fedspine_server.link.driving import TAKEN
 from fedspine_server.link.hub import open_hub
 from fedspine_server.link.rollout_schemas import ModelRequest, RolloutRequest
-from fedspine_server.link.tables import ACCEPTED, FINISHED, DeviceRow
+from fedspine_server.link.tables import ACCEPTED, FINISHED, DeviceRow, RolloutRow
 
 pytestmark = pytest.mark.faults
 
@@ -198,11 +200,35 @@ def test_a_database_that_is_not_there_is_one_clear_error_without_its_password(tm
         Database("mysterysql://somewhere")
 
 
-def test_a_rollout_goes_on_over_two_processes_when_the_one_that_settles_it_is_killed(servers):
+def model_of(servers):
     content = b"GGUF" + bytes(4000)
     sha256 = hashlib.sha256(content).hexdigest()
     servers.hub.blobs.put(content)
     models.add(servers.hub, sha256, ModelRequest(name="m.gguf", num_bytes=len(content)))
+    return sha256
+
+
+def test_of_two_operators_who_begin_a_rollout_at_once_one_is_told_so(servers):
+    sha256, both = model_of(servers), threading.Barrier(2)
+    ToyDevice(servers.worlds[0], "a").hello()
+
+    def begun(_):
+        both.wait(SECONDS)
+        try:
+            rollouts.start(servers.hub, RolloutRequest(model_sha256=sha256, gate="ppl<=10", canaries=["a"]))
+        except HTTPException as refused:
+            return refused.status_code
+        return 200
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(10):
+            assert sorted(pool.map(begun, range(2))) == [200, 409]
+            with servers.hub.database.write() as session:
+                session.execute(update(RolloutRow).values(status="finished"))
+
+
+def test_a_rollout_goes_on_over_two_processes_when_the_one_that_settles_it_is_killed(servers):
+    sha256 = model_of(servers)
     devices = [ToyDevice(world, name) for world, name in zip(servers.worlds, "ab", strict=True)]
     for device in devices:
         device.hello()

@@ -11,10 +11,11 @@ from typing import Any
 
 from fastapi import HTTPException
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from fedspine_edge.errors import UsageError
-from fedspine_edge.rollout_gate import from_json, parse, to_json
+from fedspine_edge.rollout_gate import Condition, from_json, parse, to_json
 from fedspine_server import rollout as law
 from fedspine_server.link.devices import touch
 from fedspine_server.link.hub import Hub
@@ -50,46 +51,53 @@ def start(hub: Hub, request: RolloutRequest) -> int:
     """Begins a rollout and returns its number.
 
     Raises:
-        HTTPException: 404 for a model that was not uploaded, 409 while another is under way, 422 for a gate or devices
-            that are none.
+        HTTPException: 404 for a model that was not uploaded, 409 while another is under way or begun at the same
+            moment, 422 for a gate or devices that are none.
     """
     try:
         conditions = parse(request.gate)
     except UsageError as error:
         raise HTTPException(422, f"{error}; {error.hint}" if error.hint else str(error)) from error
-    with hub.database.write() as session:
-        model, newest = session.get(ModelRow, request.model_sha256), session.scalars(_NEWEST).first()
-        if model is None:
-            raise HTTPException(404, f"expected a model, found none of hash {request.model_sha256[:12]}: upload it")
-        if newest is not None and newest.status in law.UNDER_WAY:
-            if not request.replace:
-                raise HTTPException(
-                    409,
-                    f"rollout {newest.rollout_id} is under way ({newest.status}):"
-                    " wait for it, roll it back, or replace it",
-                )
-            newest.status, newest.detail = law.SUPERSEDED, f"replaced by rollout {newest.rollout_id + 1}"
-        number = newest.rollout_id + 1 if newest is not None else 1
-        canaries = _canaries(hub, session, request)
-        session.add(
-            RolloutRow(
-                rollout_id=number,
-                status=law.CANARY,
-                model_sha256=model.sha256,
-                model_name=model.name,
-                model_bytes=model.num_bytes,
-                gate={
-                    "text": " and ".join(map(str, conditions)),
-                    "conditions": to_json(conditions),
-                    "passage": request.passage,
-                },
-                targets={"canaries": canaries, "devices": request.devices},
-                created_at=hub.clock(),
-                detail="",
-            )
-        )
-        hub.record(session, "rollout_started", rollout=number, model=model.name, canaries=canaries)
+    try:
+        with hub.database.write() as session:
+            number = _added(hub, session, request, conditions)
+    except IntegrityError as error:  # two server processes gave the same number
+        raise HTTPException(409, "another rollout was begun at the same moment: look at it before the next") from error
     hub.nudge.set()
+    return number
+
+
+def _added(hub: Hub, session: Session, request: RolloutRequest, conditions: tuple[Condition, ...]) -> int:
+    model, newest = session.get(ModelRow, request.model_sha256), session.scalars(_NEWEST).first()
+    if model is None:
+        raise HTTPException(404, f"expected a model, found none of hash {request.model_sha256[:12]}: upload it")
+    if newest is not None and newest.status in law.UNDER_WAY:
+        if not request.replace:
+            raise HTTPException(
+                409,
+                f"rollout {newest.rollout_id} is under way ({newest.status}): wait for it, roll it back, or replace it",
+            )
+        newest.status, newest.detail = law.SUPERSEDED, f"replaced by rollout {newest.rollout_id + 1}"
+    number = newest.rollout_id + 1 if newest is not None else 1
+    canaries = _canaries(hub, session, request)
+    session.add(
+        RolloutRow(
+            rollout_id=number,
+            status=law.CANARY,
+            model_sha256=model.sha256,
+            model_name=model.name,
+            model_bytes=model.num_bytes,
+            gate={
+                "text": " and ".join(map(str, conditions)),
+                "conditions": to_json(conditions),
+                "passage": request.passage,
+            },
+            targets={"canaries": canaries, "devices": request.devices},
+            created_at=hub.clock(),
+            detail="",
+        )
+    )
+    hub.record(session, "rollout_started", rollout=number, model=model.name, canaries=canaries)
     return number
 
 
