@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # One line a layer; the modules of a line may not import each other. docs/architecture.md says what each is for.
 EDGE_ORDER = [
-    ["errors"],
+    ["errors", "dtypes"],
     ["atomic", "protocol", "rollout_gate", "hardware", "config", "progress", "systemd"],
     ["reference", "sources", "backends", "quantized"],
     ["tensor_checks", "recomputed"],
@@ -37,7 +37,7 @@ EDGE_ORDER = [
     ["cli_page", "cli_rollout"],
     ["cli"],
 ]
-SERVER_MAY_IMPORT = {f"fedspine_edge.{name}" for name in ("protocol", "errors", "quantized", "rollout_gate")}
+SERVER_MAY_IMPORT = {f"fedspine_edge.{name}" for name in ("protocol", "errors", "dtypes", "quantized", "rollout_gate")}
 MAY_REACH_BOTH = {"commands", "cli"}
 TORCH = {"torch", "transformers", "peft", "accelerate"}
 

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
+from fedspine_edge.dtypes import BASE_DTYPES
 from fedspine_edge.errors import UsageError, VerificationError
-from fedspine_edge.quantized import BASE_DTYPES
 
 commands = typer.Typer()
 

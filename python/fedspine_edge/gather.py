@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedspine_edge import reference
 from fedspine_edge.backends import BACKENDS, backend
-from fedspine_edge.quantized import BASE_DTYPES
+from fedspine_edge.dtypes import BASE_DTYPES
 from fedspine_edge.tensor_checks import KeptMatrix, check_kept
 
 if "native" in BACKENDS:

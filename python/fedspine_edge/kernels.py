@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from fedspine_edge import reference
 from fedspine_edge.backends import BACKENDS, available_isas, backend, isa, use_backend, use_isa
+from fedspine_edge.dtypes import BASE_DTYPES
 from fedspine_edge.gather import PackedWeight, address, gather_columns, gather_rows, pack, unpack
-from fedspine_edge.quantized import BASE_DTYPES
 from fedspine_edge.tensor_checks import check_linear, check_tensor
 
 if "native" in BACKENDS:

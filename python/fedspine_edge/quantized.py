@@ -25,8 +25,6 @@ from fedspine_edge.errors import IncompatibleError
 from fedspine_edge.protocol import Assignment, Layout, Update, expand_members
 
 LEVELS = {"int8": 127, "int4": 7}
-UPDATE_DTYPES = ("float16", *LEVELS)
-BASE_DTYPES = ("float32", "bfloat16", "int8")  # how a device may hold the frozen weights (`gather.pack`)
 ASSIGNMENT_DTYPE = "int8"  # of the factors in an assignment whose answer is not float16
 BLOCK = 64
 PARAMETER_BYTES = {"float16": 2.0, "int8": 1 + 2 / BLOCK, "int4": 1 / 2 + 2 / BLOCK}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fedspine_edge.batches import Batch, TokenSet, training_batches
+from fedspine_edge.dtypes import BASE_DTYPES
 from fedspine_edge.errors import UsageError
 from fedspine_edge.hardware import available_memory_bytes
 from fedspine_edge.importance import ImportanceMeter
@@ -24,7 +25,6 @@ from fedspine_edge.lora import fresh_factors
 from fedspine_edge.masks import MODES, Keep, choose, keep_all, kept_counts
 from fedspine_edge.memory_plan import StepShape, check_memory
 from fedspine_edge.protocol import Layout
-from fedspine_edge.quantized import BASE_DTYPES
 from fedspine_edge.shrink import kept_features
 from fedspine_edge.tuning import ShrunkModel, Tuned, tune, updated_means
 from fedspine_edge.workbench import GlobalModel, Workbench

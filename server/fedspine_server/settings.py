@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedspine_edge.quantized import BASE_DTYPES, UPDATE_DTYPES
+from fedspine_edge.dtypes import BASE_DTYPES, UPDATE_DTYPES
 
 CONTROLLER_NAMES = ("structured", "sucb", "hoo", "grid-ucb", "fixed")
 AGGREGATION_NAMES = ("spine", "hetlora", "flexlora", "flora", "fedavg", "trimmed-mean", "median")
