@@ -56,7 +56,15 @@ def fleet(tmp_path_factory, tiny_models):
     with real_fleet(folder, tiny_models["bert"], data) as fleet:
         operator = Operator(fleet["directory"] / "server" / "operator.json")
         operator.post("runs", run_request(fleet["toml"], name="live", timings=None))
-        yield {**fleet, "data": data, "model": tiny_models["bert"], "operator": operator}
+        restarted = []  # agents that a test started anew live on for the tests after it
+        try:
+            yield {
+                **fleet, "data": data, "model": tiny_models["bert"], "operator": operator, "restarted": restarted,
+            }  # fmt: skip
+        finally:
+            for process in restarted:
+                process.terminate()
+                process.wait(20)
 
 
 @pytest.fixture
@@ -135,14 +143,10 @@ def test_a_killed_agent_turns_grey_with_its_age_and_comes_back(signed_in, fleet)
     grey = row.locator("a").first.evaluate("e => getComputedStyle(e).color")
     assert grey != page.locator("tr:not(.silent) th a").first.evaluate("e => getComputedStyle(e).color")
     assert "not heard of" in page.locator("#findings").inner_text()
-    process = start_agent(fleet, name)
-    try:
-        seconds = seconds_until(lambda: "silent" not in (row.get_attribute("class") or ""), 60)
-        show(f"back after {seconds:.1f} s")
-        assert not page.problems
-    finally:
-        process.terminate()
-        process.wait(20)
+    fleet["restarted"].append(start_agent(fleet, name))
+    seconds = seconds_until(lambda: "silent" not in (row.get_attribute("class") or ""), 60)
+    show(f"back after {seconds:.1f} s")
+    assert not page.problems
 
 
 @pytest.mark.parametrize("path", ["/", "/runs/live", "/runs/live/model", "/devices/device-00", "/rollouts"])
