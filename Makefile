@@ -13,6 +13,7 @@
 #   make test-images              the same started in an emulated machine: enrols, runs a pruned model, updates itself, powers off
 #   make test-images-nightly      dead slots, power cuts, a second build to compare, a round in the full image: hours
 #   make reproduce-nightly        every method once on one task: up to 25 minutes
+#   make wheels                   wheels for x86-64 and AArch64, glibc 2.17 or newer, into dist/; AArch64's tried in qemu
 #   make lint                     formatting, linting, types, C++ warnings
 #   make bench                    benchmarks, into benchmarks/results/
 #
@@ -26,6 +27,7 @@ TORCH_INDEX ?=
 WHEELS ?= $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/fedspine-edge/wheels
 VENV := .venv
 ENGINES := .venv-engines
+WHEEL_TOOLS := .venv-wheels
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 LOCKED := install --no-deps --require-hashes
@@ -36,7 +38,7 @@ LLAMA_BUILT := $(WHEELS)/.llama-$(LLAMA)-no-amx
 NATIVE_SOURCES := $(wildcard csrc/*.cc csrc/*.h) CMakeLists.txt pyproject.toml
 RUN := OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines .test-flower .test-ray test-page test-page-nightly test-images test-images-nightly reproduce-nightly lint image bench clean
+.PHONY: demo test test-export test-profile test-arm test-faults test-fuzz-nightly test-engines .test-flower .test-ray test-page test-page-nightly test-images test-images-nightly reproduce-nightly lint image wheels bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -111,6 +113,10 @@ lint: $(VENV)/.installed $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h tests/csrc/*.cc benchmarks/arm/*.cc benchmarks/native/*.cc
 
+# For x86-64 and AArch64, this Python, glibc 2.17 or newer; each is tried before it counts.
+wheels: $(VENV)/.installed $(VENV)/.dev $(WHEEL_TOOLS)/.installed
+	sh cmake/wheels.sh
+
 bench: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python benchmarks/bench_kernels.py --json benchmarks/results/kernels.json
 	$(RUN) $(BIN)/python benchmarks/bench_memory.py --json benchmarks/results/memory-minilm.json
@@ -120,7 +126,7 @@ bench: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	FEDSPINE_CARRIERS_JSON=benchmarks/results/carriers.json $(RUN) $(BIN)/python -m pytest -rP tests/edge/test_engines.py
 
 clean:
-	rm -rf $(VENV) $(ENGINES) build dist
+	rm -rf $(VENV) $(ENGINES) $(WHEEL_TOOLS) build dist
 
 # --- set-up -------------------------------------------------------------------------------------------------------
 
@@ -151,6 +157,11 @@ $(VENV)/.installed: $(NATIVE_SOURCES) $(VENV)/.packages $(LLAMA_BUILT)
 
 # Flower pins older releases of what run.txt has newer, so its programs live in an environment of their own, which sees
 # this source tree. Python 3.11 or newer.
+$(WHEEL_TOOLS)/.installed: requirements/wheels.txt
+	$(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/python -m pip --quiet --disable-pip-version-check $(LOCKED) -r requirements/wheels.txt
+	@touch $@
+
 $(ENGINES)/.installed: requirements/flower.txt
 	$(PYTHON) -m venv $(ENGINES)
 	$(ENGINES)/bin/python -m pip --quiet --disable-pip-version-check $(LOCKED) -r requirements/flower.txt

@@ -18,6 +18,7 @@ lock dev -c build.txt -c run.txt
 lock llama -c run.txt
 # In an environment of its own (see flower.in); Flower needs Python 3.11.
 uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header flower.in -o flower.txt
+uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header wheels.in -o wheels.txt
 # For one machine alone, an emulated board: nothing in it depends on where it is read.
 uv pip compile --quiet --python-version 3.11 --python-platform aarch64-manylinux_2_28 --generate-hashes --no-annotate \
   --no-header -c dev.txt arm.in -o arm.txt
