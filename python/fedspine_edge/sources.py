@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedspine_edge.atomic import write_directory
+from fedspine_edge.atomic import write_bytes, write_directory
 from fedspine_edge.errors import DataError, IncompatibleError
+
+FACTS = "fedspine_base.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ def unpack_gguf(file: Path, cache: Path, *, facts: dict[str, Any]) -> Path:
     """
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     target = cache / f"{file.stem}-{digest[:12]}"
-    if (target / "fedspine_base.json").is_file():
+    if (target / FACTS).is_file():
+        _follow(target / FACTS, file)
         return target
     # transformers is slow to import; it is needed only the first time.
     from safetensors.torch import save_file
@@ -130,7 +133,14 @@ def unpack_gguf(file: Path, cache: Path, *, facts: dict[str, Any]) -> Path:
         model.config.save_pretrained(partial)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
         document = {**facts, "tokenizer_gguf": str(file), "source_sha256": digest}
-        (partial / "fedspine_base.json").write_text(json.dumps(document, indent=2) + "\n")
+        (partial / FACTS).write_text(json.dumps(document, indent=2) + "\n")
 
     write_directory(target, fill)
     return target
+
+
+def _follow(facts: Path, file: Path) -> None:
+    """Names the present GGUF file where the one a directory was unpacked from is gone, with its environment say."""
+    document = json.loads(facts.read_text())
+    if not Path(document["tokenizer_gguf"]).is_file():
+        write_bytes(facts, (json.dumps({**document, "tokenizer_gguf": str(file)}, indent=2) + "\n").encode())
