@@ -49,12 +49,12 @@ test: $(VENV)/.installed $(VENV)/.dev
 	$(RUN) sh tests/csrc/run.sh
 
 test-export: $(VENV)/.installed $(VENV)/.dev
-	$(RUN) $(BIN)/python -m pytest -rP -m matrix tests/edge/test_export_real.py
+	$(RUN) $(BIN)/python -m pytest -rfEP -m matrix tests/edge/test_export_real.py
 	$(RUN) $(BIN)/python -m pytest tests/edge/test_model_commands.py tests/edge/test_export_gguf.py \
 	  tests/edge/test_export_matrix.py tests/edge/test_export_adapter.py tests/edge/test_other_llama_cpp.py
 
 test-profile: $(VENV)/.installed $(VENV)/.dev
-	$(RUN) $(BIN)/python -m pytest -rP -m matrix tests/edge/test_profile_real.py
+	$(RUN) $(BIN)/python -m pytest -rfEP -m matrix tests/edge/test_profile_real.py
 	$(RUN) $(BIN)/python -m pytest tests/edge/test_profile.py tests/edge/test_profile_train.py tests/edge/test_sensors.py \
 	  tests/edge/test_latency.py tests/edge/test_doctor.py tests/server/test_step_law.py
 
@@ -63,45 +63,45 @@ test-arm: $(VENV)/.dev
 
 # What a device may lie about and what a stranger may try needs no fleet: all but the first line.
 test-faults: $(VENV)/.installed $(VENV)/.dev
-	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m faults tests/edge
+	$(RUN) $(BIN)/python -m pytest -rfEP --durations=12 -m faults tests/edge
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_rounds.py tests/server/test_link_damage.py
 	$(RUN) $(BIN)/python -m pytest tests/server/test_link_security.py tests/edge/test_agent.py
-	$(RUN) $(BIN)/python -m pytest -rP -m faults tests/server/test_link_fuzz.py
+	$(RUN) $(BIN)/python -m pytest -rfEP -m faults tests/server/test_link_fuzz.py
 	sh tests/server/install_postgres.sh
 	$(RUN) $(BIN)/python -m pytest -m faults tests/server/test_link_postgres.py
 
 # 100,000 requests, as many frames and 5,000 rounds of a device that sends nonsense: half an hour.
 test-fuzz-nightly: $(VENV)/.installed $(VENV)/.dev
-	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -rP -m faults --durations=0 tests/server/test_link_fuzz.py
+	FEDSPINE_FUZZ=100000 $(RUN) $(BIN)/python -m pytest -rfEP -m faults --durations=12 tests/server/test_link_fuzz.py
 
 # The carriers' costs are compared first, alone; the rest waits more than it works, so two at once.
 test-engines: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
-	$(RUN) $(BIN)/python -m pytest -rP --durations=0 tests/edge/test_engines.py
+	$(RUN) $(BIN)/python -m pytest -rfEP --durations=12 tests/edge/test_engines.py
 	$(MAKE) --jobs=2 --output-sync .test-flower .test-ray
 
 .test-flower:
-	$(RUN) $(BIN)/python -m pytest --durations=0 tests/edge/test_flower.py tests/edge/test_flower_commands.py tests/server/test_carried.py
+	$(RUN) $(BIN)/python -m pytest --durations=12 tests/edge/test_flower.py tests/edge/test_flower_commands.py tests/server/test_carried.py
 
 .test-ray:
-	$(RUN) $(BIN)/python -m pytest --durations=0 -m ray tests/edge/test_ray.py tests/edge/test_reproduce.py
+	$(RUN) $(BIN)/python -m pytest --durations=12 -m ray tests/edge/test_ray.py tests/edge/test_reproduce.py
 
 test-page: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
-	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m page tests/edge/test_fleet_page.py
+	$(RUN) $(BIN)/python -m pytest -rfEP --durations=12 -m page tests/edge/test_fleet_page.py
 	$(RUN) $(BIN)/python -m pytest tests/server/test_page.py tests/server/test_page_sessions.py
 
 test-page-nightly: $(VENV)/.installed $(VENV)/.dev $(VENV)/.browser
-	FEDSPINE_PAGE_SECONDS=600 $(RUN) $(BIN)/python -m pytest -rP -m page -k smooth tests/edge/test_fleet_page.py
+	FEDSPINE_PAGE_SECONDS=600 $(RUN) $(BIN)/python -m pytest -rfEP -m page -k smooth tests/edge/test_fleet_page.py
 
 image: $(VENV)/.installed $(VENV)/.dev
 	sh device_images/tools.sh
 	$(BIN)/fedspine image build --variant $(VARIANT)
 
 test-images: image
-	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m images tests/images
+	$(RUN) $(BIN)/python -m pytest -rfEP --durations=12 -m images tests/images
 
 test-images-nightly: image
 	$(BIN)/fedspine image build --variant full
-	$(RUN) $(BIN)/python -m pytest -rP --durations=0 -m images_nightly tests/images
+	$(RUN) $(BIN)/python -m pytest -rfEP --durations=12 -m images_nightly tests/images
 
 # Every method once on one task, fewer rounds: up to 25 minutes. The whole grid: fedspine reproduce --full, hours.
 reproduce-nightly: $(VENV)/.installed
@@ -123,7 +123,7 @@ bench: $(VENV)/.installed $(VENV)/.dev $(ENGINES)/.installed
 	$(RUN) $(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json --plot benchmarks/results/step.svg
 	$(RUN) $(BIN)/python benchmarks/bench_link.py --json benchmarks/results/link.json
 	$(RUN) $(BIN)/python benchmarks/bench_scale.py --json benchmarks/results/scale.json
-	FEDSPINE_CARRIERS_JSON=benchmarks/results/carriers.json $(RUN) $(BIN)/python -m pytest -rP tests/edge/test_engines.py
+	FEDSPINE_CARRIERS_JSON=benchmarks/results/carriers.json $(RUN) $(BIN)/python -m pytest -rfEP tests/edge/test_engines.py
 
 clean:
 	rm -rf $(VENV) $(ENGINES) $(WHEEL_TOOLS) build dist

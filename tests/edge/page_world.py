@@ -68,6 +68,7 @@ def browser(profile: Path) -> Iterator[Any]:
         context = playwright.chromium.launch_persistent_context(
             str(profile), executable_path="/usr/bin/chromium", args=FLAGS, ignore_https_errors=True
         )
+        context.set_default_timeout(90_000)
         try:
             yield context
         finally:
