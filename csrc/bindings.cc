@@ -26,12 +26,20 @@ void CheckShape(const LinearShape& shape, Address lora_a, Address lora_b, int nu
   Require(num_threads >= 1, "expected at least one thread");
 }
 
+// A rate of r drops a share of r / 2^32 of the values.
+Dropout DropoutOf(std::uint32_t rate, std::uint64_t key) {
+  return {rate,
+          static_cast<float>(1 / (1 - static_cast<double>(rate) / 4294967296.0)),
+          {static_cast<std::uint32_t>(key), static_cast<std::uint32_t>(key >> 32)}};
+}
+
 void Forward(const LinearShape& shape, Address x, const PackedWeight& weight, Address bias,
              Address lora_a, Address lora_b, float scaling, Address y, Address hidden,
-             int num_threads) {
+             const Dropout& dropout, int num_threads) {
   CheckShape(shape, lora_a, lora_b, num_threads);
-  const LoraLinearForwardArgs args = {shape,      In(x),   weight, In(bias),    In(lora_a),
-                                      In(lora_b), scaling, Out(y), Out(hidden), num_threads};
+  const LoraLinearForwardArgs args = {shape,       In(x),      weight,     In(bias),
+                                      In(lora_a),  In(lora_b), scaling,    Out(y),
+                                      Out(hidden), dropout,    num_threads};
   const KernelTable& kernels = Kernels();
   float* const scratch = Scratch(kernels.lora_linear_forward_scratch(shape, num_threads));
   kernels.lora_linear_forward(args, scratch);
@@ -39,14 +47,14 @@ void Forward(const LinearShape& shape, Address x, const PackedWeight& weight, Ad
 
 void Backward(const LinearShape& shape, Address dy, Address x, const PackedWeight& weight,
               Address lora_a, Address lora_b, Address hidden, float scaling, Address dx,
-              Address dlora_a, Address dlora_b, int num_threads) {
+              Address dlora_a, Address dlora_b, const Dropout& dropout, int num_threads) {
   CheckShape(shape, lora_a, lora_b, num_threads);
   Require(dlora_a == 0 || (x != 0 && shape.rank > 0), "expected x and a rank for dlora_a");
   Require(dlora_b == 0 || (hidden != 0 && shape.rank > 0),
           "expected hidden and a rank for dlora_b");
-  const LoraLinearBackwardArgs args = {shape,      In(dy),       In(x),        weight,
-                                       In(lora_a), In(lora_b),   In(hidden),   scaling,
-                                       Out(dx),    Out(dlora_a), Out(dlora_b), num_threads};
+  const LoraLinearBackwardArgs args = {shape,        In(dy),     In(x),      weight,  In(lora_a),
+                                       In(lora_b),   In(hidden), scaling,    Out(dx), Out(dlora_a),
+                                       Out(dlora_b), dropout,    num_threads};
   const KernelTable& kernels = Kernels();
   float* const scratch = Scratch(kernels.lora_linear_backward_scratch(shape, num_threads));
   kernels.lora_linear_backward(args, scratch);
@@ -140,18 +148,22 @@ PYBIND11_MODULE(_native, m) {
       "lora_linear_forward",
       [](Index tokens, Index in_features, Index out_features, Index rank, Address x,
          const PackedWeight& weight, Address bias, Address lora_a, Address lora_b, float scaling,
-         Address y, Address hidden, int num_threads) {
+         Address y, Address hidden, std::uint32_t dropout_rate, std::uint64_t dropout_key,
+         int num_threads) {
         fedspine::Forward({tokens, in_features, out_features, rank}, x, weight, bias, lora_a,
-                          lora_b, scaling, y, hidden, num_threads);
+                          lora_b, scaling, y, hidden,
+                          fedspine::DropoutOf(dropout_rate, dropout_key), num_threads);
       },
       Unlocked());
   m.def(
       "lora_linear_backward",
       [](Index tokens, Index in_features, Index out_features, Index rank, Address dy, Address x,
          const PackedWeight& weight, Address lora_a, Address lora_b, Address hidden, float scaling,
-         Address dx, Address dlora_a, Address dlora_b, int num_threads) {
+         Address dx, Address dlora_a, Address dlora_b, std::uint32_t dropout_rate,
+         std::uint64_t dropout_key, int num_threads) {
         fedspine::Backward({tokens, in_features, out_features, rank}, dy, x, weight, lora_a, lora_b,
-                           hidden, scaling, dx, dlora_a, dlora_b, num_threads);
+                           hidden, scaling, dx, dlora_a, dlora_b,
+                           fedspine::DropoutOf(dropout_rate, dropout_key), num_threads);
       },
       Unlocked());
   m.def(

@@ -1,8 +1,9 @@
 // A frozen linear layer with a trainable low-rank pair, forward and backward.
 //
-//   y = x W^T + bias + s (x A^T) B^T      x[T, I]  W[O, I] packed  A[R, I]  B[O, R]  bias[O]  y[T,
+//   y = x W^T + bias + s D(x A^T) B^T     x[T, I]  W[O, I] packed  A[R, I]  B[O, R]  bias[O]  y[T,
 //   O]
 //
+// D is dropout of the low-rank values (dropout.h), nothing when its threshold is 0.
 // float32 but for W (packed_weight.h), row-major, compact; products are accumulated in float32, one
 // lane an element, in ascending order of the summed index, so results are bitwise the same for any
 // number of threads (targets may differ from each other in the last bits). T, I, O >= 1; R >= 0.
@@ -11,6 +12,7 @@
 #ifndef FEDSPINE_CSRC_LORA_LINEAR_H_
 #define FEDSPINE_CSRC_LORA_LINEAR_H_
 
+#include "dropout.h"
 #include "packed_weight.h"
 
 namespace fedspine {
@@ -31,7 +33,8 @@ struct LoraLinearForwardArgs {
   const float* lora_b;
   float scaling;
   float* y;
-  float* hidden;  // [T, R]: scaling * x A^T, for the backward; null when not wanted.
+  float* hidden;  // [T, R]: scaling * D(x A^T), for the backward; null when not wanted.
+  Dropout dropout;
   int num_threads;
 };
 
@@ -44,9 +47,10 @@ struct LoraLinearBackwardArgs {
   const float* lora_b;
   const float* hidden;  // The forward's; may be null when dlora_b is.
   float scaling;
-  float* dx;       // [T, I], null when not wanted.
-  float* dlora_a;  // [R, I], null when not wanted.
-  float* dlora_b;  // [O, R], null when not wanted.
+  float* dx;        // [T, I], null when not wanted.
+  float* dlora_a;   // [R, I], null when not wanted.
+  float* dlora_b;   // [O, R], null when not wanted.
+  Dropout dropout;  // The forward's.
   int num_threads;
 };
 

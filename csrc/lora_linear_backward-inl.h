@@ -3,6 +3,7 @@
 #define FEDSPINE_CSRC_LORA_LINEAR_BACKWARD_INL_H_
 
 #include "blocking-inl.h"
+#include "dropout-inl.h"
 #include "packed_weight-inl.h"
 
 namespace fedspine {
@@ -52,9 +53,9 @@ inline Index LoraLinearBackwardScratch(const LinearShape& shape, int num_threads
   return layout.shared_floats + num_threads * layout.part_floats;
 }
 
-// dhidden = s B^T dy^T for the tokens of one panel: [R][32].
+// dhidden = s D(B^T dy^T) for the tokens of one panel, the first of which is `token`: [R][32].
 inline void BackwardHidden(const LoraLinearBackwardArgs& args, const BackwardScratch& scratch,
-                           const Block& block, const float* dy_panel, float* dhidden) {
+                           const Block& block, Index token, const float* dy_panel, float* dhidden) {
   const Index rank = args.shape.rank;
   for (Index column = 0; column < kPanelWidth; column += kTileColumns) {
     for (Index tile = 0; tile < NumTiles(rank); ++tile) {
@@ -72,6 +73,9 @@ inline void BackwardHidden(const LoraLinearBackwardArgs& args, const BackwardScr
       RunTile<false>(rows.end - rows.begin, call);
     }
   }
+  if (!block.last) return;
+  DropValues(args.dropout, {token, token + kPanelWidth}, rank,
+             {dhidden, kPanelWidth * kPanelWidth, kPanelWidth, 1});
 }
 
 // One tile of dx^T: inputs `rows`, whose weights are `left`, tokens from the block's `t`-th.
@@ -115,7 +119,8 @@ inline void BackwardBlock(const LoraLinearBackwardArgs& args, const BackwardScra
   PackTransposed(args.dy + block.tokens.begin * shape.out_features + block.depth.begin,
                  shape.out_features, num_tokens, depth, part_memory);
   for (Index panel = 0; panel < num_tokens; panel += kPanelWidth) {
-    BackwardHidden(args, scratch, block, part_memory + panel * depth, dhidden + panel * shape.rank);
+    BackwardHidden(args, scratch, block, block.tokens.begin + panel, part_memory + panel * depth,
+                   dhidden + panel * shape.rank);
   }
   if (args.dx == nullptr) return;
   for (Index tile = 0; tile < NumTiles(num_inputs); ++tile) {

@@ -3,6 +3,7 @@
 #define FEDSPINE_CSRC_LORA_LINEAR_FORWARD_INL_H_
 
 #include "blocking-inl.h"
+#include "dropout-inl.h"
 #include "packed_weight-inl.h"
 
 namespace fedspine {
@@ -65,7 +66,7 @@ inline Product ForwardProduct(const Block& block, Range rows, const float* x_pan
           (rows.end - rows.begin) * kPanelWidth, depth_rows, kPanelWidth, num_depth};
 }
 
-// hidden = s x A^T for the block's tokens, as panels [R / 32][tokens][32].
+// hidden = s D(x A^T) for the block's tokens, as panels [R / 32][tokens][32].
 inline void ForwardHidden(const LoraLinearForwardArgs& args, const ForwardScratch& scratch,
                           const Block& block, const float* x_panels, float* hidden) {
   const Index num_tokens = block.tokens.end - block.tokens.begin;
@@ -86,6 +87,9 @@ inline void ForwardHidden(const LoraLinearForwardArgs& args, const ForwardScratc
       RunTile<false>(rows.end - rows.begin, call);
     }
   }
+  if (!block.last) return;
+  DropValues(args.dropout, block.tokens, args.shape.rank,
+             {hidden, num_tokens * kPanelWidth, 1, kPanelWidth});
 }
 
 inline void ForwardOutputs(const LoraLinearForwardArgs& args, const ForwardScratch& scratch,

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 # One line a layer; the modules of a line may not import each other. docs/architecture.md says what each is for.
 EDGE_ORDER = [
-    ["errors", "dtypes"],
+    ["errors", "dtypes", "dropout"],
     ["atomic", "protocol", "rollout_gate", "hardware", "config", "progress", "systemd"],
     ["reference", "sources", "backends", "quantized"],
     ["tensor_checks", "recomputed"],

@@ -21,6 +21,8 @@ def lora_linear_forward(
     scaling: float,
     y: int,
     hidden: int,
+    dropout_rate: int,
+    dropout_key: int,
     num_threads: int,
     /,
 ) -> None: ...
@@ -39,6 +41,8 @@ def lora_linear_backward(
     dx: int,
     dlora_a: int,
     dlora_b: int,
+    dropout_rate: int,
+    dropout_key: int,
     num_threads: int,
     /,
 ) -> None: ...

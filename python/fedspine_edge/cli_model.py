@@ -22,6 +22,9 @@ Text = Annotated[str, typer.Option(help="Real text for the check: trec6, or a .j
 Prompt = Annotated[str | None, typer.Option(help="A decoder's template, {text} for the text.")]
 Out = Annotated[Path | None, typer.Option(help="Where it goes.")]
 BaseDtype = Annotated[str, typer.Option(help="How the frozen weights are held: float32, bfloat16 or int8.")]
+LoraDropout = Annotated[
+    float, typer.Option("--lora-dropout", help="Share of the low-rank values dropped in a step, 0 to below 1.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
@@ -118,6 +121,7 @@ def prune(
     learning_rate: Annotated[float, typer.Option(help="AdamW's step size.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     base_dtype: BaseDtype = "float32",
+    lora_dropout: LoraDropout = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     out: Out = None,
     force: Force = False,
@@ -128,7 +132,8 @@ def prune(
     if ratio <= 0:
         raise UsageError(f"expected a ratio above 0, found {ratio}", hint="to tune without pruning: fedspine tune")
     _learn(model, data, prompt, out, force, as_json, quiet, pruning_ratio=ratio, mask_mode=mode, num_steps=steps,
-           batch_size=batch_size, learning_rate=learning_rate, rank=rank, base_dtype=base_dtype, seed=seed)  # fmt: skip
+           batch_size=batch_size, learning_rate=learning_rate, rank=rank, base_dtype=base_dtype,
+           lora_dropout=lora_dropout, seed=seed)  # fmt: skip
 
 
 @commands.command()
@@ -142,6 +147,7 @@ def tune(
     learning_rate: Annotated[float, typer.Option(help="AdamW's step size.")] = 1e-3,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     base_dtype: BaseDtype = "float32",
+    lora_dropout: LoraDropout = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     out: Out = None,
     force: Force = False,
@@ -150,7 +156,8 @@ def tune(
 ) -> None:
     """Tune a model of your own, pruned or not, on your own data."""
     _learn(model, data, prompt, out, force, as_json, quiet, num_steps=steps, batch_size=batch_size,
-           learning_rate=learning_rate, rank=rank, base_dtype=base_dtype, seed=seed)  # fmt: skip
+           learning_rate=learning_rate, rank=rank, base_dtype=base_dtype, lora_dropout=lora_dropout,
+           seed=seed)  # fmt: skip
 
 
 def _learn(model: str, data: str, prompt: str | None, out: Path | None, force: bool, as_json: bool, quiet: bool,

@@ -92,6 +92,7 @@ def run_round(
         narrower=lambda done, meter: pruner.narrower(done + 1, meter, shrunk.keep),
         measure=assignment.mask_agreement < FROZEN_AGREEMENT,
         importance=assignment.importance,
+        dropout=assignment.lora_dropout,
         seed=assignment.seed,
         on_step=on_step,
         enough=_budget(assignment, time.perf_counter),

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fedspine_edge import reference
 from fedspine_edge.backends import BACKENDS, available_isas, backend, isa, use_backend, use_isa
+from fedspine_edge.dropout import Dropout
 from fedspine_edge.dtypes import BASE_DTYPES
 from fedspine_edge.gather import PackedWeight, address, gather_columns, gather_rows, pack, unpack
 from fedspine_edge.tensor_checks import check_linear, check_tensor
@@ -38,8 +39,9 @@ def lora_linear(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """Returns x W^T + bias + scaling (x A^T) B^T, differentiable in x, bias and the LoRA factors.
+    """Returns x W^T + bias + scaling D(x A^T) B^T, differentiable in x, bias and the LoRA factors.
 
     Args:
         x: [..., I], float32, at least one token.
@@ -48,6 +50,7 @@ def lora_linear(
         lora_a: [R, I], or None for no LoRA.
         lora_b: [O, R], None exactly when `lora_a` is.
         scaling: alpha / rank.
+        dropout: D, of the low-rank values; None for none. Its mask is drawn again in the backward, not kept.
 
     Returns:
         [..., O].
@@ -58,8 +61,9 @@ def lora_linear(
     check_linear(x, (packed.out_features, packed.in_features), bias, lora_a, lora_b)
     if backend() == "reference":
         weight = unpack(packed)
-        return reference.lora_linear(x, weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scaling=scaling)
-    layer = _Layer(packed, scaling)
+        named = {"bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+        return reference.lora_linear(x, weight, **named, scaling=scaling, dropout=dropout)
+    layer = _Layer(packed, scaling) if dropout is None else _Layer(packed, scaling, dropout.threshold, dropout.key)
     if torch.is_grad_enabled():
         return cast(Tensor, _LoraLinear.apply(layer, x, bias, lora_a, lora_b))  # type: ignore[no-untyped-call]
     return _forward(layer, x.contiguous(), bias, (_compact(lora_a), _compact(lora_b)), None)
@@ -121,7 +125,7 @@ def importance(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x only for A's gradient, and scaling * x A^T (R floats a token) only for B's."""
+    """Saves x only for A's gradient, and scaling * D(x A^T) (R floats a token) only for B's."""
 
     @staticmethod
     def forward(ctx: Any, layer: _Layer, x: Tensor, bias: Tensor | None, *pair: Tensor | None) -> Tensor:
@@ -153,6 +157,8 @@ class _LoraLinear(torch.autograd.Function):
             address(dx),
             address(da),
             address(db),
+            ctx.layer.dropout_threshold,
+            ctx.layer.dropout_key,
             torch.get_num_threads(),
         )
         dbias = dy.reshape(-1, packed.out_features).sum(0) if needs_bias else None
@@ -165,6 +171,8 @@ class _Layer:
 
     packed: PackedWeight
     scaling: float
+    dropout_threshold: int = 0
+    dropout_key: int = 0
 
 
 def _forward(
@@ -183,6 +191,8 @@ def _forward(
         layer.scaling,
         y.data_ptr(),
         address(hidden),
+        layer.dropout_threshold,
+        layer.dropout_key,
         torch.get_num_threads(),
     )
     return y

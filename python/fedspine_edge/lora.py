@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fedspine_edge import kernels
+from fedspine_edge.dropout import DropoutStream
 from fedspine_edge.recomputed import not_held
 
 
 class LoRALinear(nn.Module):
-    """y = x W^T + bias + scaling * (x A^T) B^T with W frozen and packed.
+    """y = x W^T + bias + scaling * D(x A^T) B^T with W frozen and packed; D drops what `dropout` says.
 
     Args:
         packed: The base weight [O, I], from `kernels.pack`.
@@ -27,6 +28,9 @@ class LoRALinear(nn.Module):
         lora_a: [R, I] float32.
         lora_b: [O, R] float32.
         scaling: alpha / rank.
+
+    Attributes:
+        dropout: Where D of each call comes from; None, as at the beginning, for no dropout.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(lora_a)
         self.lora_b = nn.Parameter(lora_b)
         self.scaling = scaling
+        self.dropout: DropoutStream | None = None
 
     @property
     def rank(self) -> int:
@@ -49,7 +54,13 @@ class LoRALinear(nn.Module):
         """Returns y [..., O] for x [..., I]."""
         with not_held(x):
             return kernels.lora_linear(
-                x, self.packed, bias=self.bias, lora_a=self.lora_a, lora_b=self.lora_b, scaling=self.scaling
+                x,
+                self.packed,
+                bias=self.bias,
+                lora_a=self.lora_a,
+                lora_b=self.lora_b,
+                scaling=self.scaling,
+                dropout=None if self.dropout is None else self.dropout.next(),
             )
 
     def importance(self, axis: Literal["out", "in"], sample: tuple[int, int] = (1, 0)) -> Tensor:

@@ -186,6 +186,7 @@ class Assignment:
         base_dtype: How the device holds the frozen weights: `float32`, `bfloat16` or `int8`.
         update_dtype: How the answer's factors travel: `float16`, `int8` or `int4`; those of the assignment itself are
             of int8 unless it is `float16` (`quantized`).
+        lora_dropout: Share of the low-rank values of each LoRA layer that is dropped in a step, in [0, 1).
         work: `tune`, or `head-statistics`: sum what a new task head is solved from (`head_statistics`); then the model
             is the base as it is, and what is said of pruning, rank and learning does not matter.
     """
@@ -212,6 +213,7 @@ class Assignment:
     update_dtype: str = "float16"
     base_dtype: str = "float32"
     work: str = "tune"
+    lora_dropout: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedspine_edge.dropout import Dropout
+
 PANEL_WIDTH = 32
 
 
@@ -85,8 +87,9 @@ def lora_linear(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """Returns x W^T + bias + scaling (x A^T) B^T.
+    """Returns x W^T + bias + scaling D(x A^T) B^T, D the dropout.
 
     Args:
         x: [..., I].
@@ -95,6 +98,7 @@ def lora_linear(
         lora_a: [R, I], or None for no low-rank pair.
         lora_b: [O, R], None exactly when `lora_a` is.
         scaling: alpha / rank.
+        dropout: Of the low-rank values, or None.
 
     Returns:
         [..., O].
@@ -103,8 +107,29 @@ def lora_linear(
     if bias is not None:
         y = y + bias
     if lora_a is not None and lora_b is not None:
-        y = y + scaling * (x @ lora_a.T) @ lora_b.T
+        hidden = x @ lora_a.T
+        if dropout is not None:
+            tokens, rank = x.shape[:-1].numel(), len(lora_a)
+            hidden = hidden * dropout_factors(tokens, rank, dropout).to(hidden.dtype).view_as(hidden)
+        y = y + scaling * hidden @ lora_b.T
     return y
+
+
+def dropout_factors(tokens: int, rank: int, dropout: Dropout) -> Tensor:
+    """Returns what dropout multiplies low-rank values by, 0 or 1 / (1 - rate), float32 [tokens, rank].
+
+    Value r of token t looks at word r % 4 of Philox4x32-10 at counter (t, r / 4, 0, 0).
+    """
+    groups = -(-rank // 4)
+    words = [torch.arange(tokens)[:, None].expand(tokens, groups), torch.arange(groups).expand(tokens, groups)]
+    words += [torch.zeros(tokens, groups, dtype=torch.int64)] * 2
+    low, key = 2**32 - 1, [dropout.key % 2**32, dropout.key >> 32]
+    for _ in range(10):
+        even, odd = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57  # their upper halves survive the wrap into the sign
+        words = [odd >> 32 & low ^ words[1] ^ key[0], odd & low, even >> 32 & low ^ words[3] ^ key[1], even & low]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    kept = torch.stack(words, dim=-1).view(tokens, -1)[:, :rank] >= dropout.threshold
+    return kept / (1 - dropout.rate)
 
 
 def importance(

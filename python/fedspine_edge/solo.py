@@ -49,6 +49,7 @@ class SoloSettings:
         mask_mode: `uniform` (stock loaders take the model) or `per-layer` (better accuracy).
         seed: Seed of the LoRA factors and of the order of the examples.
         base_dtype: How the frozen weights are held: `float32`, `bfloat16` or `int8`.
+        lora_dropout: Share of the low-rank values that is dropped in a step, in [0, 1).
     """
 
     pruning_ratio: float = 0.0
@@ -61,6 +62,7 @@ class SoloSettings:
     mask_mode: str = "per-layer"
     seed: int = 0
     base_dtype: str = "float32"
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.pruning_ratio <= 0.9:
@@ -68,6 +70,8 @@ class SoloSettings:
         for name in ("num_steps", "batch_size", "rank", "prune_interval"):
             if getattr(self, name) < 1:
                 raise UsageError(f"expected {name} of at least 1, found {getattr(self, name)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"expected a dropout of at least 0 and below 1, found {self.lora_dropout}")
         if self.mask_mode not in MODES:
             raise UsageError(f"expected mask mode {' or '.join(MODES)}, found {self.mask_mode!r}")
         if self.base_dtype not in BASE_DTYPES:
@@ -132,6 +136,8 @@ def prune_and_tune(
         narrower=narrower,
         measure=settings.pruning_ratio > 0,
         own_mean_inputs=True,
+        dropout=settings.lora_dropout,
+        seed=settings.seed,
     )
     task_head = dict(bench.model.named_parameters())
     world = GlobalModel(

@@ -22,6 +22,7 @@ from torch.nn import functional
 from fedspine_edge.batches import Batch, TokenSet, prompt_batches
 from fedspine_edge.compensation import MeanInputMeter
 from fedspine_edge.cross_entropy import cross_entropy
+from fedspine_edge.dropout import DropoutStream
 from fedspine_edge.errors import TuningError
 from fedspine_edge.importance import ImportanceMeter
 from fedspine_edge.lora import LoRALinear, trainable_parameters
@@ -50,6 +51,7 @@ class ShrunkModel:
         base: Where the base weights come from.
         scaling: alpha / rank.
         mean_inputs: Matrix name -> mean input [I], for the compensation.
+        dropout: Of the LoRA layers, while it is tuned; None for none.
     """
 
     model: Any
@@ -59,6 +61,7 @@ class ShrunkModel:
     scaling: float
     mean_inputs: dict[str, np.ndarray]
     linears: dict[str, LoRALinear] = field(default_factory=dict)
+    dropout: DropoutStream | None = None
 
     def load(self, factors: Factors) -> None:
         """Installs LoRA layers of the kept rows and columns with the given factors; each takes its predecessor's place.
@@ -75,6 +78,13 @@ class ShrunkModel:
             scaling=self.scaling,
             mean_inputs=self.mean_inputs,
         )
+        self.drop(self.dropout)
+
+    def drop(self, dropout: DropoutStream | None) -> None:
+        """Turns dropout on or off in all LoRA layers."""
+        self.dropout = dropout
+        for linear in self.linears.values():
+            linear.dropout = dropout
 
     def factors(self) -> Factors:
         """Returns the LoRA factors at the kept rows and columns."""
@@ -120,6 +130,7 @@ def tune(
     measure: bool = True,
     importance: str = "lora-guided",
     own_mean_inputs: bool = False,
+    dropout: float = 0.0,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     enough: Callable[[int], bool] = lambda steps: False,
@@ -137,7 +148,8 @@ def tune(
         importance: What members are ranked by; a key of `importance.KINDS`.
         own_mean_inputs: Whether removed members are stood in for by the mean inputs measured here, rather than by those
             the model came with.
-        seed: Says which quarter of the features the first measurement of importance looks at.
+        dropout: Share of the low-rank values that is dropped, in [0, 1).
+        seed: Of dropout; and which quarter of the features the first measurement of importance looks at.
         on_step: Called after each step with how many are done and the loss of this one; changes nothing, but may wait,
             or end the round by an exception.
         enough: Called after each step with how many are done; True ends the round.
@@ -148,6 +160,7 @@ def tune(
     meter, losses = ImportanceMeter(kind=importance, phase=seed), list[float]()
     inputs = MeanInputMeter(shrunk.layout, shrunk.linears)
     optimizer = _optimizer(shrunk.model, learning_rate)
+    shrunk.drop(DropoutStream(dropout, seed) if dropout else None)
     for step, batch in enumerate(batches):
         if step and step % prune_interval == 0:
             keep = narrower(step // prune_interval - 1, meter)
@@ -168,6 +181,7 @@ def tune(
         on_step(step + 1, losses[-1])
         if enough(step + 1):
             break
+    shrunk.drop(None)
     window = max(1, min(LOSS_WINDOW, len(losses) // 2))
     return Tuned(
         loss_before=float(np.mean(losses[:window])),

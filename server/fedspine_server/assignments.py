@@ -99,6 +99,7 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
         min_steps=choice.min_steps,
         update_dtype=settings.update_dtype,
         base_dtype=settings.base_dtype,
+        lora_dropout=settings.lora_dropout,
     )
 
 

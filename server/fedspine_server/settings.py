@@ -53,6 +53,7 @@ class RunSettings:
         update_dtype: What devices send their factors as: `float16`, `int8` or `int4`, masks then as bits.
         base_dtype: What devices hold the frozen weights as: `float32`, `bfloat16` (half the memory; exact for a model
             published in it) or `int8` (a quarter, rounded).
+        lora_dropout: Share of the low-rank values that devices drop in a step, in [0, 1).
         example_weights: Weight of a device: its `examples`, their square root (steadier when shards are very
             unequal) or `equal`.
         mask_agreement: Share of the server's importance in a device's ranking of members (rho); 1 in cool-down.
@@ -91,6 +92,7 @@ class RunSettings:
     clip_factor: float = 0.0
     update_dtype: str = "float16"
     base_dtype: str = "float32"
+    lora_dropout: float = 0.0
     example_weights: str = "examples"
     mask_agreement: float = 0.7
     mask_mode: str = "uniform"
@@ -175,6 +177,8 @@ def _check_shares(settings: RunSettings) -> None:
     for name in shares:
         if not 0 <= getattr(settings, name) <= 1:
             raise ValueError(f"{name} must be in 0..1, found {getattr(settings, name)}")
+    if not 0 <= settings.lora_dropout < 1:
+        raise ValueError(f"lora_dropout must be at least 0 and below 1, found {settings.lora_dropout}")
     if settings.max_pruning_ratio >= 1:
         raise ValueError(f"max_pruning_ratio must be below 1, found {settings.max_pruning_ratio}")
 

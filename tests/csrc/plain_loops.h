@@ -3,7 +3,9 @@
 #define FEDSPINE_TESTS_CSRC_PLAIN_LOOPS_H_
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <new>
 #include <random>
@@ -61,6 +63,40 @@ inline Doubles Product(const Doubles& a, const Doubles& b, Index n, Index k, Ind
     }
   }
   return out;
+}
+
+// Philox4x32-10 of one counter.
+inline std::array<std::uint32_t, 4> Philox(std::array<std::uint32_t, 4> counter, std::uint32_t key0,
+                                           std::uint32_t key1) {
+  for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u) {
+    const std::uint64_t even = std::uint64_t{0xD2511F53} * counter[0];
+    const std::uint64_t odd = std::uint64_t{0xCD9E8D57} * counter[2];
+    counter = {static_cast<std::uint32_t>(odd >> 32) ^ counter[1] ^ key0,
+               static_cast<std::uint32_t>(odd),
+               static_cast<std::uint32_t>(even >> 32) ^ counter[3] ^ key1,
+               static_cast<std::uint32_t>(even)};
+  }
+  return counter;
+}
+
+// What dropout multiplies [tokens, rank] values by.
+inline Doubles DropoutFactors(const fedspine::Dropout& dropout, Index tokens, Index rank) {
+  Doubles factors(Size(tokens * rank));
+  for (Index t = 0; t < tokens; ++t) {
+    for (Index r = 0; r < rank; ++r) {
+      const std::uint32_t word =
+          Philox({static_cast<std::uint32_t>(t), static_cast<std::uint32_t>(r / 4), 0, 0},
+                 dropout.key[0], dropout.key[1])[Size(r % 4)];
+      factors[Size(t * rank + r)] =
+          word < dropout.threshold ? 0 : static_cast<double>(dropout.keep_scale);
+    }
+  }
+  return factors;
+}
+
+inline Doubles Times(Doubles values, const Doubles& factors) {
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] *= factors[i];
+  return values;
 }
 
 inline void Add(Doubles* sum, const Doubles& other, double scale) {

@@ -1,5 +1,6 @@
 // Every kernel of every target this CPU runs, against plain loops in double. Buffers have exactly
 // the size the contracts ask for, so that the address sanitizer sees a read or write beyond them.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -67,8 +68,10 @@ struct Outputs {
 };
 
 struct Layer {
-  explicit Layer(const LinearShape& s, WeightFormat format = WeightFormat::kFloat32)
+  explicit Layer(const LinearShape& s, WeightFormat format = WeightFormat::kFloat32,
+                 const fedspine::Dropout& dropped = {0, 1, {}})
       : shape(s),
+        dropout(dropped),
         x(Draw(s.tokens * s.in_features, 1)),
         bias(Draw(s.out_features, 3)),
         a(Draw(s.rank * s.in_features, 4)),
@@ -91,14 +94,14 @@ struct Layer {
       const Scratch scratch(kernels.lora_linear_forward_scratch(shape, threads));
       kernels.lora_linear_forward(
           {shape, x.data(), packed.Get(), bias.data(), a.data(), b.data(), kScaling, out.y.data(),
-           low_rank ? out.hidden.data() : nullptr, threads},
+           low_rank ? out.hidden.data() : nullptr, dropout, threads},
           scratch.get());
     }
     const Scratch scratch(kernels.lora_linear_backward_scratch(shape, threads));
     kernels.lora_linear_backward(
         {shape, dy.data(), x.data(), packed.Get(), a.data(), b.data(), out.hidden.data(), kScaling,
          out.dx.data(), low_rank ? out.da.data() : nullptr, low_rank ? out.db.data() : nullptr,
-         threads},
+         dropout, threads},
         scratch.get());
     return out;
   }
@@ -108,11 +111,12 @@ struct Layer {
     const Doubles x64 = ToDouble(x), w64 = ToDouble(w), a64 = ToDouble(a), b64 = ToDouble(b);
     const Doubles dy64 = ToDouble(dy);
     const double s = static_cast<double>(kScaling);
-    const Doubles hidden = Product(x64, Transposed(a64, r, i), t, i, r);
+    const Doubles factors = DropoutFactors(dropout, t, r);
+    const Doubles hidden = Times(Product(x64, Transposed(a64, r, i), t, i, r), factors);
     Doubles y = Product(x64, Transposed(w64, o, i), t, i, o);
     Add(&y, Product(hidden, Transposed(b64, o, r), t, r, o), s);
     for (Index n = 0; n < t * o; ++n) y[Size(n)] += static_cast<double>(bias[Size(n % o)]);
-    const Doubles dhidden = Product(dy64, b64, t, o, r);
+    const Doubles dhidden = Times(Product(dy64, b64, t, o, r), factors);
     Doubles dx = Product(dy64, w64, t, o, i);
     Add(&dx, Product(dhidden, a64, t, r, i), s);
     Doubles da(a.size(), 0.0), db(b.size(), 0.0);
@@ -127,6 +131,7 @@ struct Layer {
 
   static constexpr float kScaling = 2.0f;
   LinearShape shape;
+  fedspine::Dropout dropout;
   Floats x, bias, a, b, dy;
   Packed packed;
   Floats w;  // What the panels stand for.
@@ -149,6 +154,28 @@ void TestLayerMatchesPlainLoops() {
                                      LinearShape{600, 40, 33, 17}, LinearShape{1, 1, 1, 0}}) {
       const Layer layer(shape, format);
       layer.Check(layer.Run(1), "formats", 1);
+    }
+  }
+}
+
+constexpr fedspine::Dropout kQuarter = {1u << 30, 4.0f / 3, {7, 11}};
+
+void TestDropoutMatchesPlainLoops() {
+  // Random123's known answers.
+  if (Philox({0, 0, 0, 0}, 0, 0) !=
+          std::array<std::uint32_t, 4>{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8} ||
+      Philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, 0xa4093822, 0x299f31d0) !=
+          std::array<std::uint32_t, 4>{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}) {
+    Fail("Philox");
+  }
+  for (const LinearShape& shape : {LinearShape{97, 33, 17, 33}, LinearShape{1, 7, 1, 1},
+                                   LinearShape{700, 40, 1100, 6}, LinearShape{40, 1100, 33, 70}}) {
+    const Layer layer(shape, WeightFormat::kFloat32, kQuarter);
+    const Outputs one = layer.Run(1), two = layer.Run(2);
+    layer.Check(one, "dropout", 1);
+    if (one.y != two.y || one.hidden != two.hidden || one.dx != two.dx || one.da != two.da ||
+        one.db != two.db) {
+      Fail(Describe("bits of dropout differ", shape, 2));
     }
   }
 }
@@ -329,6 +356,7 @@ int main() {
        ++table) {
     if (!fedspine::UseKernels((*table)->name)) Fail("cannot be chosen");
     TestLayerMatchesPlainLoops();
+    TestDropoutMatchesPlainLoops();
     TestThreadsDoNotChangeABit();
     for (const WeightFormat format : kFormats) TestImportanceMatchesPlainLoops(format);
     TestRmsNormMatchesPlainLoops();

@@ -257,6 +257,20 @@ def test_a_round_on_narrow_weights_learns_nearly_the_same(dtype, tiny_models):
         np.testing.assert_array_equal(array, again.tensors[name])
 
 
+def test_a_round_with_dropout_learns_otherwise_the_same_each_time_and_predicts_without(tiny_models):
+    bench, tokens = opened(tiny_models["bert"], "bert")
+    asked = dataclasses.replace(assignment_for(bench), lora_dropout=0.5)
+    dropped, _ = run_round(bench, asked, tokens, DeviceState())
+    linears = [module for module in bench.model.modules() if isinstance(module, LoRALinear)]
+    assert linears
+    assert all(linear.dropout is None for linear in linears)
+    again, _ = run_round(bench, asked, tokens, DeviceState())
+    plain, _ = run_round(bench, dataclasses.replace(asked, lora_dropout=0.0), tokens, DeviceState())
+    for name, array in dropped.tensors.items():
+        np.testing.assert_array_equal(array, again.tensors[name])
+    assert any((array != plain.tensors[name]).any() for name, array in dropped.tensors.items() if "lora_b" in name)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 def test_a_round_in_few_bits_sends_less_and_remembers_what_it_lost(dtype, tiny_models, tmp_path):
     bench, tokens = opened(tiny_models["bert"], "bert")

@@ -45,6 +45,7 @@ def test_a_run_of_one_round_has_the_first_learning_rate():
             "aggregation must be one of spine, hetlora, flexlora, flora, fedavg, trimmed-mean, median, found sum",
         ),
         ({"mask_mode": "random"}, "mask_mode must be one of uniform, per-layer, layers, found random"),
+        ({"lora_dropout": 1.0}, "lora_dropout must be at least 0 and below 1, found 1.0"),
         ({"base_dtype": "int4"}, "base_dtype must be one of float32, bfloat16, int8, found int4"),
         ({"schedule": "slow"}, "schedule must be one of cubic, one-shot, found slow"),
         ({"importance": "luck"}, "importance must be one of lora-guided, salience"),
