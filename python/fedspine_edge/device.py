@@ -117,6 +117,7 @@ def _sum_for_head(bench: Workbench, assignment: Assignment, examples: TokenSet) 
     reset_peak_memory()
     start = time.perf_counter()
     check_base(assignment, bench.layout)
+    bench = dataclasses.replace(bench, base_dtype=assignment.base_dtype)
     tensors, loss, num_batches = head_statistics(bench, assignment, examples)
     return Update(
         run_id=assignment.run_id,

@@ -16,6 +16,7 @@ import numpy as np
 from torch import nn
 
 from fedspine_edge.activations import DECODER, ENCODER, NODES_BYTES, LayerWidths, saved_floats
+from fedspine_edge.embeddings import PackedEmbedding, PackedHead
 from fedspine_edge.errors import MemoryLimitError
 from fedspine_edge.lora import LoRALinear
 from fedspine_edge.masks import choose, kept_counts
@@ -31,6 +32,7 @@ SCRATCH_BYTES = 3 << 20  # a thread: packed blocks of x and dy, and the rows of 
 HEAP_SLACK = {"decoder": 1.3, "classifier": 0.35}
 """What glibc's heap leaves unused between blocks, of what is saved: measured on SmolLM2-135M and MiniLM-L6."""
 
+PACKED = (LoRALinear, PackedEmbedding, PackedHead)
 RATIOS = tuple(round(0.05 * step, 2) for step in range(1, 19))
 
 
@@ -106,7 +108,7 @@ def plan_step(
     slack = int(HEAP_SLACK[family.task] * activations)
     widest = max(max(3 * w.channels, 2 * w.query + 2 * w.key) + 3 * w.hidden for w in layers)
     return MemoryPlan(
-        base=packed + FLOAT * other_parameters,
+        base=packed + FLOAT * other_parameters - _saved_by_embeddings(config, family, shape.base_dtype),
         lora=FLOAT * 2 * trained,
         optimizer=FLOAT * 2 * trained,
         activations=activations,
@@ -129,9 +131,7 @@ def tensor_bytes(model: nn.Module) -> int:
     """Returns what a model's tensors take, packed weights and gradients included, shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    tensors += [
-        tensor for module in model.modules() if isinstance(module, LoRALinear) for tensor in module.packed.tensors
-    ]
+    tensors += [tensor for module in model.modules() if isinstance(module, PACKED) for tensor in module.packed.tensors]
     held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if not tensor.is_meta}
     return sum(held.values())
 
@@ -186,6 +186,15 @@ def _packed_bytes(rows: int, columns: int, dtype: str) -> int:
     """Of a packed matrix with its bias."""
     padded = -(-rows // PANEL_WIDTH) * PANEL_WIDTH
     return ELEMENT[dtype] * padded * columns + (FLOAT * padded if dtype == "int8" else 0) + FLOAT * rows
+
+
+def _saved_by_embeddings(config: Any, family: Family, dtype: str) -> int:
+    """What embedding and head take less than in float32."""
+    if dtype == "float32":
+        return 0
+    rows, columns = int(config.vocab_size), int(getattr(config, family.hidden_size))
+    apart = family.task == "decoder" and not getattr(config, "tie_word_embeddings", False)
+    return (1 + apart) * (FLOAT * rows * (columns + 1) - _packed_bytes(rows, columns, dtype))
 
 
 def _layers(

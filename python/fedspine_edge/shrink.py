@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedspine_edge import kernels
 from fedspine_edge.compensation import compensation
+from fedspine_edge.embeddings import hold_embeddings
 from fedspine_edge.lora import LoRALinear, replace_module
 from fedspine_edge.masks import Keep
 from fedspine_edge.protocol import Layout, Matrix, expand_members
@@ -86,7 +87,7 @@ def install(
     scaling: float,
     mean_inputs: Mapping[str, np.ndarray],
 ) -> dict[str, LoRALinear]:
-    """Puts a shrunk `LoRALinear` in the place of each matrix of the layout.
+    """Puts a shrunk `LoRALinear` in the place of each matrix of the layout; embeddings are held in the same dtype.
 
     Args:
         model: The model; its other parameters are loaded, its prunable linears may be empty.
@@ -111,6 +112,7 @@ def install(
         replace_module(model, matrix.name, linear)
         linears[matrix.name] = linear
     fit_attention(model, layout, keep)
+    hold_embeddings(model, base.weight, base.dtype)
     return linears
 
 

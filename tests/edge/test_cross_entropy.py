@@ -33,6 +33,17 @@ def test_the_loss_and_its_gradient_match_float64(each_backend, monkeypatch, toke
     torch.testing.assert_close(found.double(), gradient, rtol=0, atol=1e-5 * largest + 1e-6)
 
 
+@pytest.mark.parametrize("dtype", kernels.BASE_DTYPES)
+def test_a_packed_weight_is_the_float32_weight_it_stands_for(each_backend, monkeypatch, dtype):
+    monkeypatch.setattr(module, "BLOCK_BYTES", 40_000)
+    hidden, packed = draw(97, 16, seed=1).requires_grad_(), kernels.pack(draw(1003, 16, seed=2), dtype=dtype)
+    targets = targets_of(97, 1003)
+    losses = [cross_entropy(hidden, weight, targets) for weight in (packed, kernels.unpack(packed))]
+    (found,), (expected,) = (torch.autograd.grad(loss, hidden) for loss in losses)
+    assert float(losses[0].detach()) == pytest.approx(float(losses[1].detach()), rel=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_by_hand(each_backend):
     # Logits 0 and ln 3: the second word has probability 3/4
     loss = cross_entropy(torch.tensor([[1.0]]), torch.tensor([[0.0], [math.log(3.0)]]), torch.tensor([1]))
