@@ -44,7 +44,7 @@ _ATTENTION: dict[str, Floats] = {
     "o: x A^T": lambda w: w.rank,
 }
 DECODER: dict[str, Floats] = {
-    "two RMSNorms: input as bfloat16, 1 / rms": lambda w: 2 * (w.hidden / 2 + 1),
+    "two RMSNorms: the residual stream they read, 1 / rms": lambda w: 2 * (w.hidden + 1),
     **_ATTENTION,
     "gate, up: x A^T of each": lambda w: 2 * w.rank,
     "SwiGLU: gate, up as bfloat16": lambda w: w.channels,
