@@ -3,8 +3,8 @@
 Comes in: a model whose LoRA factors have gradients. Goes out: one score a member, averaged over iterations. The score
 of an entry is |estimated gradient x merged weight|, where the gradient of the frozen weight is estimated from the LoRA
 factors' gradients alone; it is summed over the member's rows or columns, normalised within each matrix, and added over
-the matrices that the member couples. A sum runs over a quarter of the other side's features, the next measurement's
-over another quarter: what that leaves out is far less than what a measurement changes from one batch to the next.
+the matrices that the member couples. A sum runs over a sixteenth of the other side's features, the next measurement's
+over another: what that leaves out is far less than what a measurement changes from one batch to the next.
 
 Other kinds, for comparison: `salience` (the same with APT's slower average), `magnitude` (|weight| alone), `gradient`
 (the weight's true gradient instead of the estimate) and `random` (the same draw on every device).
@@ -31,7 +31,7 @@ from fedspine_edge.protocol import Layout
 from fedspine_edge.structure import matrices_of
 
 DECAY = 0.9
-SHARE = 4  # a measurement sums over every 4th block of features
+SHARE = 16  # a measurement sums over every 16th block of features, or one of those there are
 # Share of the running average that stays at a measurement; APT (arXiv 2401.12200) takes .85.
 KINDS: Mapping[str, float] = MappingProxyType(
     {"lora-guided": DECAY, "salience": 0.85, "magnitude": DECAY, "gradient": DECAY, "random": DECAY}
@@ -65,7 +65,7 @@ class ImportanceMeter:
         num_skipped: Measurements that were not finite and did not count.
         kind: A key of `KINDS`.
         flows: For `gradient`: matrix name -> what went through in the iteration that is being watched.
-        phase: Which quarter of the features the next measurement sums over, modulo `SHARE`.
+        phase: Which sixteenth of the features the next measurement sums over, modulo `SHARE`.
     """
 
     scores: dict[str, np.ndarray] = field(default_factory=dict)

@@ -149,7 +149,7 @@ def tune(
         own_mean_inputs: Whether removed members are stood in for by the mean inputs measured here, rather than by those
             the model came with.
         dropout: Share of the low-rank values that is dropped, in [0, 1).
-        seed: Of dropout; and which quarter of the features the first measurement of importance looks at.
+        seed: Of dropout; and which part of the features the first measurement of importance looks at.
         on_step: Called after each step with how many are done and the loss of this one; changes nothing, but may wait,
             or end the round by an exception.
         enough: Called after each step with how many are done; True ends the round.
