@@ -70,7 +70,8 @@ class Device:
 
     def frame(self, task: Mapping[str, Any], blob: Path, path: Path) -> dict[str, Any]:
         """Writes what comes back, which is what came, and returns what is said of it."""
-        from fedspine_edge.protocol import DeviceReport, Update, assignment_from_bytes, pack, to_bytes, unpack
+        from fedspine_edge.protocol import DeviceReport, Update
+        from fedspine_edge.wire_format import assignment_from_bytes, pack, to_bytes, unpack
 
         asked = assignment_from_bytes(unpack(blob.read_bytes(), max_bytes=task["blob"]["message_bytes"]))
         report = DeviceReport(10, task["num_steps"], 1.0, 0.5, 0.01, 1 << 20)

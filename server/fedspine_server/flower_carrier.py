@@ -20,7 +20,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedspine_edge.errors import FedSpineError, IncompatibleError
-from fedspine_edge.protocol import MAX_MESSAGE_BYTES, Assignment, pack, to_bytes, unpack, update_from_bytes
+from fedspine_edge.protocol import Assignment
+from fedspine_edge.wire_format import MAX_MESSAGE_BYTES, pack, to_bytes, unpack, update_from_bytes
 from fedspine_server.carriers import Event, Failed, Inventory, Joined, Left, Result
 
 POLL_SECONDS = 0.25

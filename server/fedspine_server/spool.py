@@ -17,7 +17,8 @@ from types import TracebackType
 import numpy as np
 
 from fedspine_edge.errors import CheckpointError
-from fedspine_edge.protocol import Update, to_bytes, update_from_bytes
+from fedspine_edge.protocol import Update
+from fedspine_edge.wire_format import to_bytes, update_from_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ from fedspine_edge.device import DeviceState, run_round
 from fedspine_edge.errors import CheckpointError, IncompatibleError, MemoryLimitError, TuningError
 from fedspine_edge.lora import LoRALinear, fresh_factors
 from fedspine_edge.masks import keep_all
-from fedspine_edge.protocol import Assignment, assignment_from_bytes, tensors_nbytes, to_bytes, update_from_bytes
+from fedspine_edge.protocol import Assignment, tensors_nbytes
 from fedspine_edge.quantized import DecodedArrays, as_float16, packed_once
 from fedspine_edge.structure import FAMILIES
 from fedspine_edge.tuning import predict
+from fedspine_edge.wire_format import assignment_from_bytes, to_bytes, update_from_bytes
 from fedspine_edge.workbench import GlobalModel, load_global, open_workbench
 
 STEPS = 12

@@ -42,12 +42,12 @@ SERVER_EVENTS = [
 ]
 WORKER_EVENTS = [
     fault(WORKER, "fedspine_edge.base_model:open_base"),
-    fault(WORKER, "fedspine_edge.protocol:unpack"),
+    fault(WORKER, "fedspine_edge.wire_format:unpack"),
     fault(WORKER, "fedspine_edge.device:tune", "before"),
     fault(WORKER, "fedspine_edge.device:tune"),
     fault(WORKER, "fedspine_edge.checkpoint:save_device_state", "before"),
     fault(WORKER, "fedspine_edge.checkpoint:save_device_state"),
-    fault(WORKER, "fedspine_edge.protocol:pack"),
+    fault(WORKER, "fedspine_edge.wire_format:pack"),
     fault(WORKER, "os:fsync"),
 ]
 

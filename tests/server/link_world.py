@@ -20,7 +20,8 @@ from safetensors.numpy import save as save_blob
 from fedspine_edge.agent.identity import Identity
 from fedspine_edge.agent.link import Link
 from fedspine_edge.agent.tasks import checked_task
-from fedspine_edge.protocol import Assignment, Update, assignment_from_bytes, pack, to_bytes, unpack
+from fedspine_edge.protocol import Assignment, Update
+from fedspine_edge.wire_format import assignment_from_bytes, pack, to_bytes, unpack
 from fedspine_server.link import runs
 from fedspine_server.link.app import create_app
 from fedspine_server.link.credentials import CLAIM, OPERATOR, issue

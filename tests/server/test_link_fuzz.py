@@ -31,7 +31,7 @@ from link_world import QUICK, ToyDevice, World, start_run, toy_layout, until
 from schemathesis import GenerationMode
 
 from fedspine_edge.errors import IncompatibleError
-from fedspine_edge.protocol import pack, to_bytes, unpack, update_from_bytes
+from fedspine_edge.wire_format import pack, to_bytes, unpack, update_from_bytes
 from fedspine_server import coordinator
 from fedspine_server.admission import refusal
 from fedspine_server.link.credentials import CLAIM, OPERATOR, issue

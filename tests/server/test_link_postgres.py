@@ -28,7 +28,7 @@ from toy import tune_one
 
 from fedspine_edge.agent.link import UnreachableError
 from fedspine_edge.errors import LinkError
-from fedspine_edge.protocol import pack, to_bytes
+from fedspine_edge.wire_format import pack, to_bytes
 from fedspine_server.link import models, rollout_views, rollouts, runs
 from fedspine_server.link.credentials import CLAIM, OPERATOR, issue
 from fedspine_server.link.database import Database

@@ -14,7 +14,7 @@ from link_world import ToyDevice, manifest, served, start_run, toy_layout, until
 
 from fedspine_edge.agent.link import DismissedError, Link, NotTakenError
 from fedspine_edge.agent.tasks import checked_task, inline_message
-from fedspine_edge.protocol import assignment_from_bytes, pack, to_bytes, unpack
+from fedspine_edge.wire_format import assignment_from_bytes, pack, to_bytes, unpack
 from fedspine_server import coordinator
 from fedspine_server.fleet import FleetSettings, make_specs, run_fleet
 from fedspine_server.link import runs

@@ -35,8 +35,9 @@ from fedspine_edge.config import cache_directory
 from fedspine_edge.data import Example, read_examples
 from fedspine_edge.device import run_round
 from fedspine_edge.errors import DataError, FedSpineError
-from fedspine_edge.protocol import Assignment, assignment_from_bytes, pack, to_bytes, unpack
+from fedspine_edge.protocol import Assignment
 from fedspine_edge.sources import model_directory
+from fedspine_edge.wire_format import assignment_from_bytes, pack, to_bytes, unpack
 from fedspine_edge.workbench import Workbench, open_workbench
 
 

@@ -16,13 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedspine_edge.errors import CheckpointError, IncompatibleError
-from fedspine_edge.protocol import (
-    MAX_MESSAGE_BYTES,
-    Assignment,
-    Update,
-    assignment_from_bytes,
-    unpack,
-)
+from fedspine_edge.protocol import Assignment, Update
+from fedspine_edge.wire_format import MAX_MESSAGE_BYTES, assignment_from_bytes, unpack
 from fedspine_server.lateness import LateResult
 from fedspine_server.link.blobs import BlobStore
 from fedspine_server.link.tables import FAILED, KEPT, ResultRow, TaskRow

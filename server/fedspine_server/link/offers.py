@@ -9,7 +9,8 @@ import dataclasses
 import math
 import uuid
 
-from fedspine_edge.protocol import Assignment, Layout, head_linear, pack, to_bytes
+from fedspine_edge.protocol import Assignment, Layout, head_linear
+from fedspine_edge.wire_format import pack, to_bytes
 from fedspine_server.link.hub import Hub
 from fedspine_server.link.tables import OFFERED, RunRow, TaskRow
 from fedspine_server.state import RunState

@@ -11,7 +11,7 @@ from sqlalchemy import and_, bindparam, exists, or_, select
 from sqlalchemy.orm import Session, load_only
 
 from fedspine_edge.errors import IncompatibleError
-from fedspine_edge.protocol import unpack, update_from_bytes
+from fedspine_edge.wire_format import unpack, update_from_bytes
 from fedspine_server.link.devices import TOUCH_SECONDS, touch
 from fedspine_server.link.hub import Hub
 from fedspine_server.link.schemas import BlobRef, Progress, ProgressReply, Recipe, ResultReply, Task, TaskResult
