@@ -9,6 +9,7 @@ Source: FedSpine (arXiv 2501.02438), the server's side of a round; docs/algorith
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from fedspine_edge.quantized import ASSIGNMENT_DTYPE, DecodedArrays, packed_once
 from fedspine_server.aggregation.contribution import Contribution
 from fedspine_server.arms import in_cooldown, may_revive
 from fedspine_server.controllers.contract import Choice
-from fedspine_server.opening import is_opening, opening_assignment
+from fedspine_server.opening import as_opening, is_opening
 from fedspine_server.settings import learning_rate_of
 from fedspine_server.state import DeviceState, RunState
 
@@ -72,12 +73,9 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
         arrays: Shared by the assignments of a round; None makes them for this one.
     """
     settings, round_index = state.settings, state.round_index
-    if is_opening(settings, state.layout, round_index):
-        return opening_assignment(settings, state.layout, state.run_id, choice, state.task_head)
-    members = candidates(state, state.devices[choice.device_id])
     # Nothing more is learned of members whose fate is settled; a device measures nothing at agreement 1.
     settled = in_cooldown(settings, round_index) or settings.target_sparsity == 0
-    return Assignment(
+    assignment = Assignment(
         run_id=state.run_id,
         device_id=choice.device_id,
         round_index=round_index,
@@ -93,7 +91,7 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
         mask_agreement=1.0 if settled else min(settings.mask_agreement, MOST_AGREEMENT_WHILE_MEASURING),
         mask_mode=settings.mask_mode,
         revive=may_revive(settings, round_index),
-        tensors=(arrays or RoundArrays(state)).of(members, choice.rank),
+        tensors={},
         importance=settings.importance,
         budget_seconds=choice.budget_seconds,
         min_steps=choice.min_steps,
@@ -101,6 +99,10 @@ def build_assignment(state: RunState, choice: Choice, arrays: RoundArrays | None
         base_dtype=settings.base_dtype,
         lora_dropout=settings.lora_dropout,
     )
+    if is_opening(settings, state.layout, round_index):
+        return as_opening(assignment, state.task_head)
+    members = candidates(state, state.devices[choice.device_id])
+    return dataclasses.replace(assignment, tensors=(arrays or RoundArrays(state)).of(members, choice.rank))
 
 
 def _tensors(state: RunState, members: Mapping[str, np.ndarray], rank: int) -> Mapping[str, np.ndarray]:

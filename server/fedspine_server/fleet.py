@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedspine_edge.protocol import MAX_HEAD_EXAMPLES, Assignment, Layout, Update, tensors_nbytes
+from fedspine_edge.protocol import Assignment, Layout, Update, tensors_nbytes
 from fedspine_server.attackers import falsified
 from fedspine_server.closing import round_end
 from fedspine_server.coordinator import Participant, assign, close_round, enlist, record_accuracy
@@ -134,7 +134,6 @@ def _trip(spec: DeviceSpec, assignment: Assignment, fleet: FleetSettings) -> _Tr
         fitting = max(assignment.min_steps, math.floor(assignment.budget_seconds / step_seconds))
         num_steps = min(num_steps, fitting)
     if assignment.work == "head-statistics":
-        num_steps = min(num_steps, math.ceil(MAX_HEAD_EXAMPLES / assignment.batch_size))
         step_seconds *= FORWARD_SHARE
     return _Trip(
         spec=spec,

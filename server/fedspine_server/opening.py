@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fedspine_edge.protocol import Assignment, HeadLinear, Layout, Update, head_linear
+from fedspine_edge.protocol import MAX_HEAD_EXAMPLES, Assignment, HeadLinear, Layout, Update, head_linear
 from fedspine_server.aggregation.averages import trimmed_mean, weighted_mean
 from fedspine_server.controllers.contract import Choice
 from fedspine_server.reward import Outcome
@@ -41,33 +40,20 @@ def is_opening(settings: RunSettings, layout: Layout, round_index: int) -> bool:
 
 
 def opening_choices(settings: RunSettings, devices: Sequence[DeviceState]) -> dict[str, Choice]:
-    """Returns what the devices are asked: all that are there, for it costs them little."""
-    steps = {device.device_id: math.ceil(device.num_examples / settings.batch_size) for device in devices}
-    return {name: Choice(name, 0.0, settings.ranks[0], steps[name], REASON) for name in sorted(steps)}
+    """Returns what the devices are asked: all that are there, for it costs them little.
+
+    A device's steps are the batches it will sum: those of its examples, at most `MAX_HEAD_EXAMPLES` of them.
+    """
+    used = {device.device_id: min(device.num_examples, MAX_HEAD_EXAMPLES) for device in devices}
+    steps = {name: math.ceil(used[name] / settings.batch_size) for name in sorted(used)}
+    return {name: Choice(name, 0.0, settings.ranks[0], steps[name], REASON) for name in steps}
 
 
-def opening_assignment(
-    settings: RunSettings, layout: Layout, run_id: str, choice: Choice, task_head: Mapping[str, np.ndarray]
-) -> Assignment:
-    """Returns the opening's assignment of one device."""
-    return Assignment(
-        run_id=run_id,
-        device_id=choice.device_id,
-        round_index=0,
-        base_sha256=layout.base_sha256,
-        pruning_ratio=choice.pruning_ratio,
-        rank=choice.rank,
-        scaling=settings.scaling,
-        num_steps=choice.num_steps,
-        prune_interval=settings.prune_interval,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        seed=zlib.crc32(f"{settings.seed}/0/{choice.device_id}".encode()),
-        mask_agreement=1.0,
-        mask_mode=settings.mask_mode,
-        revive=True,
-        tensors={f"task_head/{name}": value for name, value in task_head.items()},
-        work="head-statistics",
+def as_opening(assignment: Assignment, task_head: Mapping[str, np.ndarray]) -> Assignment:
+    """Returns a device's assignment as one to sum: the task head is all it needs, and nothing is quantized."""
+    arrays = {f"task_head/{name}": value for name, value in task_head.items()}
+    return dataclasses.replace(
+        assignment, tensors=arrays, work="head-statistics", base_dtype="float32", update_dtype="float16"
     )
 
 

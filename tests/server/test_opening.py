@@ -78,7 +78,7 @@ def accuracy(head):
 def test_the_opening_asks_every_device_once_and_tuning_begins_in_the_second_round():
     assignments, state = coordinator.assign(begun())
     assert [(a.device_id, a.work, a.num_steps) for a in assignments] == [
-        ("a", "head-statistics", 13), ("b", "head-statistics", 6), ("c", "head-statistics", 3),
+        ("a", "head-statistics", 4), ("b", "head-statistics", 4), ("c", "head-statistics", 3),
     ]  # fmt: skip
     assert set(assignments[0].tensors) == {"task_head/classifier.weight", "task_head/classifier.bias"}
     after = closed(state, [summed(assignment) for assignment in assignments])
@@ -87,6 +87,14 @@ def test_the_opening_asks_every_device_once_and_tuning_begins_in_the_second_roun
     np.testing.assert_array_equal(second[0].tensors["task_head/classifier.bias"], after.task_head["classifier.bias"])
     assert all(np.array_equal(after.adapter[n].lora_a, state.adapter[n].lora_a) for n in state.adapter)
     assert after.history[0]["num_merged"] == 3
+
+
+def test_the_opening_is_asked_for_in_half_precision_whatever_dtype_the_run_has():
+    for assignment in coordinator.assign(begun(update_dtype="int8", base_dtype="int8"))[0]:
+        assert (assignment.update_dtype, assignment.base_dtype) == ("float16", "float32")
+    after = opened(update_dtype="int8", base_dtype="int8")
+    assert (after.history[0]["num_merged"], accuracy(after.task_head) > 0.9) == (3, True)
+    assert {a.update_dtype for a in coordinator.assign(after)[0]} == {"int8"}
 
 
 def test_the_solved_head_is_as_good_as_one_from_all_examples_together():
