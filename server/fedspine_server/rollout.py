@@ -6,7 +6,8 @@ rollout is the only one that asks anything of anybody.
 | status | who is to have the model | ends when |
 |---|---|---|
 | `canary` | the canaries | all of them committed: `rolling`; one failed or none is left: `stopped` |
-| `rolling` | every device it is for | each has committed or failed: `finished` |
+| `rolling` | every device it is for | each has committed or failed: `finished`; all that are there have: `awaiting` |
+| `awaiting` | the same | those that were away have decided too, or were revoked: `finished`; one is back: `rolling` |
 | `finished` | the same, whoever joins later too | |
 | `stopped` | nobody new | |
 | `rolled_back` | nobody; who took it goes back to the model before | |
@@ -16,19 +17,22 @@ rollout is the only one that asks anything of anybody.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedspine_edge.rollout_gate import Condition, unmet
 
-CANARY, ROLLING, FINISHED, STOPPED = "canary", "rolling", "finished", "stopped"
+CANARY, ROLLING, AWAITING, FINISHED, STOPPED = "canary", "rolling", "awaiting", "finished", "stopped"
 ROLLED_BACK, SUPERSEDED = "rolled_back", "superseded"
 UNDER_WAY = (CANARY, ROLLING)
+UNSETTLED = (*UNDER_WAY, AWAITING)
 
 WAITING, DOWNLOADING, INSTALLED, CHECKING = "waiting", "downloading", "installed", "checking"
 COMMITTED, FAILED, TAKEN_BACK = "committed", "failed", "rolled_back"
 DECIDED = (COMMITTED, FAILED)
+
+MOST_NAMED = 8
 
 INSTALL, RESTORE = "install", "restore"
 """What a device is told: have this model, or go back to the one before it."""
@@ -71,7 +75,7 @@ def order(rollout: Rollout, device_id: str, state: str | None) -> str | None:
         return RESTORE if state is not None else None
     if rollout.status == CANARY:
         return INSTALL if device_id in rollout.canaries else None
-    return INSTALL if rollout.status in (ROLLING, FINISHED) and rollout.is_for(device_id) else None
+    return INSTALL if rollout.status in (ROLLING, AWAITING, FINISHED) and rollout.is_for(device_id) else None
 
 
 def verdict(rollout: Rollout, state: str, figures: Mapping[str, Any] | None, base: Mapping[str, Any] | None) -> str:
@@ -83,7 +87,11 @@ def verdict(rollout: Rollout, state: str, figures: Mapping[str, Any] | None, bas
 
 
 def settled(
-    rollout: Rollout, states: Mapping[str, str], reasons: Mapping[str, str], accepted: Iterable[str]
+    rollout: Rollout,
+    states: Mapping[str, str],
+    reasons: Mapping[str, str],
+    accepted: Iterable[str],
+    away: Collection[str] = (),
 ) -> tuple[str, str]:
     """Returns the status a rollout now has, and why where that needs saying.
 
@@ -92,28 +100,42 @@ def settled(
         states: device_id -> what it reported last.
         reasons: device_id -> why it failed.
         accepted: Devices that may work: who was revoked is not waited for.
+        away: Those among them that were not heard of for long.
     """
     here = set(accepted)
     if rollout.status == CANARY:
-        failed = [name for name in rollout.canaries if states.get(name) == FAILED]
-        left = [name for name in rollout.canaries if name in here]
-        if failed:
-            return STOPPED, f"canary {failed[0]} failed: {reasons.get(failed[0], '')}"
-        if not left:
-            return STOPPED, "no canary is left: each was revoked"
-        if any(states.get(name) != COMMITTED for name in left):
-            return CANARY, ""
-        return settled(_with_status(rollout, ROLLING), states, reasons, here)
-    if rollout.status == ROLLING:
-        waits = any(rollout.is_for(name) and states.get(name) not in DECIDED for name in here)
-        return (ROLLING if waits else FINISHED), ""
-    return rollout.status, ""
+        status, why = _of_canaries(rollout, states, reasons, [name for name in rollout.canaries if name in here], away)
+        if status != ROLLING:
+            return status, why
+    elif rollout.status not in (ROLLING, AWAITING):
+        return rollout.status, ""
+    waits = [name for name in sorted(here) if rollout.is_for(name) and states.get(name) not in DECIDED]
+    if waits and all(name in away for name in waits):
+        are = "is" if len(waits) == 1 else "are"
+        return AWAITING, f"finished but for {len(waits)} that {are} away: {_named(waits)}"
+    return (ROLLING if waits else FINISHED), ""
 
 
-def _with_status(rollout: Rollout, status: str) -> Rollout:
-    return Rollout(
-        rollout.rollout_id, status, rollout.model_sha256, rollout.conditions, rollout.canaries, rollout.devices
-    )
+def _of_canaries(
+    rollout: Rollout,
+    states: Mapping[str, str],
+    reasons: Mapping[str, str],
+    left: Sequence[str],
+    away: Collection[str],
+) -> tuple[str, str]:
+    failed = [name for name in rollout.canaries if states.get(name) == FAILED]
+    if failed:
+        return STOPPED, f"canary {failed[0]} failed: {reasons.get(failed[0], '')}"
+    if not left:
+        return STOPPED, "no canary is left: each was revoked"
+    waits = [name for name in left if states.get(name) != COMMITTED]
+    missing = [name for name in waits if name in away]
+    return (CANARY if waits else ROLLING), f"waits for a canary that is away: {_named(missing)}" if missing else ""
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def choose_canaries(present: Sequence[str], others: Sequence[str], count: int, *, model_sha256: str) -> list[str]:

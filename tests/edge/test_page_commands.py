@@ -66,11 +66,16 @@ def test_top_shows_who_needs_a_look_first_and_says_how_many_do_not_fit():
 
 
 def test_top_tells_a_rollout_while_it_matters():
-    rollout = {"rollout_id": 4, "status": "canary", "model": "m.gguf", "detail": "", "counts": {"waiting": 3}}
+    rollout = {"rollout_id": 4, "model": "m.gguf", "counts": {"waiting": 3}}
     told = {**overview(DEVICE), "rollout": rollout}
-    for status, words in (("canary", "rollout 4  canary  m.gguf  3 waiting"), ("finished", "")):
+    for status, detail, words in (
+        ("canary", "", "rollout 4  canary  m.gguf  3 waiting"),
+        ("stopped", "no canary is left", "rollout 4  stopped  m.gguf  3 waiting  no canary is left"),
+        ("awaiting", "finished but for 3 that are away", "rollout 4  finished but for 3 that are away  m.gguf"),
+        ("finished", "", ""),
+    ):
         console = Console(width=130, file=io.StringIO(), record=True)
-        console.print(view({**told, "rollout": {**rollout, "status": status}}, width=130, height=20))
+        console.print(view({**told, "rollout": {**rollout, "status": status, "detail": detail}}, width=130, height=20))
         text = console.export_text()
         assert words in text
         assert len(text.splitlines()) <= 20

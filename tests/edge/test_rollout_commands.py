@@ -93,6 +93,9 @@ def test_a_table_shows_each_device_with_its_figures_beside_those_before():
     for words in ("rollout 7  finished  1 committed", "gate      ppl<=30, on your text", "why       canary b failed"):
         assert words in text
     assert text.splitlines()[-1].split() == ["a", "canary", "committed", "3", "s", "ago", "21.34", "20", "12.7", "-"]
+    away = {**ROLLOUT, "status": "awaiting", "detail": "finished but for 1 that is away: b"}
+    assert rollout.text(away).splitlines()[0] == "rollout 7  finished but for 1 that is away: b  1 committed"
+    assert "why" not in rollout.text(away)
     on_its_way = {**DEVICE, "state": "downloading", "received_bytes": len(CONTENT) // 2, "figures": None, "base": None}
     assert "downloading 50%" in rollout.text({**ROLLOUT, "devices": [on_its_way], "gate": ""})
 
@@ -102,10 +105,12 @@ def test_waiting_shows_each_change_and_ends_with_3_unless_every_device_has_it(mo
     going, seen = {**ROLLOUT, "status": "canary", "counts": {"waiting": 1}}, []
     assert rollout.wait(Server(rollouts=[going, going, ROLLOUT]), 7, seen.append) == ROLLOUT
     assert [found["status"] for found in seen] == ["canary", "finished"]
-    for last in ({"status": "stopped", "detail": "canary a failed"}, {"counts": {"committed": 1, "failed": 1}}):
-        with pytest.raises(
-            VerificationError, match=r"rollout 7 is (stopped: canary a|finished: 1 committed, 1 failed)"
-        ):
+    for last, words in (
+        ({"status": "stopped", "detail": "canary a failed"}, "rollout 7 is stopped: canary a"),
+        ({"status": "awaiting", "detail": "finished but for b"}, "rollout 7 is awaiting: finished but for b"),
+        ({"counts": {"committed": 1, "failed": 1}}, "rollout 7 is finished: 1 committed, 1 failed"),
+    ):
+        with pytest.raises(VerificationError, match=words):
             rollout.wait(Server(rollouts=[{**ROLLOUT, **last}]), 7, seen.append)
     assert VerificationError.exit_code == 3
     with pytest.raises(UsageError, match="there was no rollout yet"):

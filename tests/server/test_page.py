@@ -424,6 +424,17 @@ def test_a_stopped_rollout_and_devices_that_failed_deserve_a_look():
     assert diagnose(Fleet(1000.0, (), (), (), (rollout("rolled_back"),))).findings == ()
 
 
+def test_a_rollout_that_waits_for_who_is_away_says_so_where_one_looks_and_another_may_begin():
+    away = rollout("awaiting", detail="finished but for 2 that are away: x, y")
+    html = rollout_html(away, models=(ModelFile("a" * 64, "m.gguf", 1000, 1.0),))
+    assert "Rollout 3: finished but for 2 that are away: x, y" in html["rollout-now"]
+    assert "/rollouts/new" in html["rollout-now"]
+    found = diagnose(Fleet(1000.0, (), (), (), (away,)))
+    assert [(finding.level, finding.why) for finding in found.findings][-1] == ("note", away.detail)
+    fleet = {part.id: part.html for part in parts_of(View("fleet"), Fleet(1000.0, (), (), (), (away,)), Still())}
+    assert "of m.gguf: finished but for 2 that are away: x, y" in fleet["rollout"]
+
+
 def test_metrics_tell_the_newest_rollouts_status_its_devices_and_what_was_measured():
     text = metrics.exposition(Fleet(1000.0, (), (), (), (rollout(), rollout("superseded")))).decode()
     samples = {

@@ -19,8 +19,19 @@ from fedspine_server.link.devices import set_status
 from fedspine_server.link.hub import open_hub
 from fedspine_server.link.rollout_schemas import ModelRequest, RolloutRequest
 from fedspine_server.link.sweeping import sweep
-from fedspine_server.link.tables import REVOKED, SCHEMA_VERSION, RolloutRow, SchemaRow
-from fedspine_server.rollout import CANARY, COMMITTED, FAILED, FINISHED, INSTALL, RESTORE, ROLLED_BACK, ROLLING, STOPPED
+from fedspine_server.link.tables import REVOKED, SCHEMA_VERSION, DeviceRow, RolloutRow, SchemaRow
+from fedspine_server.rollout import (
+    AWAITING,
+    CANARY,
+    COMMITTED,
+    FAILED,
+    FINISHED,
+    INSTALL,
+    RESTORE,
+    ROLLED_BACK,
+    ROLLING,
+    STOPPED,
+)
 
 CONTENT = b"GGUF" + bytes(range(256)) * 20
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -30,12 +41,13 @@ NAMES = ["a", "b", "c", "d"]
 ROLLOUTS = st.builds(
     law.Rollout,
     rollout_id=st.just(1),
-    status=st.sampled_from([CANARY, ROLLING, FINISHED, STOPPED, ROLLED_BACK]),
+    status=st.sampled_from([CANARY, ROLLING, AWAITING, FINISHED, STOPPED, ROLLED_BACK]),
     model_sha256=st.just(SHA256),
     conditions=st.just(parse("ppl<=12")),
     canaries=st.lists(st.sampled_from(NAMES), min_size=1, max_size=2, unique=True).map(tuple),
     devices=st.one_of(st.none(), st.just(tuple(NAMES))),
 )
+ACCEPTED = st.sets(st.sampled_from(NAMES))
 STATES = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["downloading", "checking", COMMITTED, FAILED]))
 
 
@@ -43,21 +55,24 @@ STATES = st.dictionaries(st.sampled_from(NAMES), st.sampled_from(["downloading",
 
 
 @hypothesis_settings(max_examples=300, deadline=None)
-@given(rollout=ROLLOUTS, states=STATES, accepted=st.sets(st.sampled_from(NAMES)))
-def test_a_rollout_only_goes_forward_and_settling_twice_changes_nothing(rollout, states, accepted):
-    status, _ = law.settled(rollout, states, {}, accepted)
-    allowed = {CANARY: {CANARY, ROLLING, FINISHED, STOPPED}, ROLLING: {ROLLING, FINISHED}}
+@given(rollout=ROLLOUTS, states=STATES, accepted=ACCEPTED, away=ACCEPTED)
+def test_a_rollout_goes_back_for_who_was_away_alone_and_settling_twice_changes_nothing(rollout, states, accepted, away):
+    status, detail = law.settled(rollout, states, {}, accepted, away)
+    rolled = {ROLLING, AWAITING, FINISHED}
+    allowed = {CANARY: {CANARY, STOPPED, *rolled}, ROLLING: rolled, AWAITING: rolled}
     assert status in allowed.get(rollout.status, {rollout.status})
     again = dataclasses.replace(rollout, status=status)
-    assert law.settled(again, states, {}, accepted)[0] == status
+    if status != STOPPED:
+        assert law.settled(again, states, {}, accepted, away) == (status, detail)
+    undecided = {name for name in accepted if rollout.is_for(name) and states.get(name) not in (COMMITTED, FAILED)}
+    if status in rolled and rollout.status != FINISHED:
+        assert status == (FINISHED if not undecided else AWAITING if undecided <= away else ROLLING)
     if rollout.status == CANARY:
         left = [name for name in rollout.canaries if name in accepted]
         if any(states.get(name) == FAILED for name in rollout.canaries):
             assert status == STOPPED
         elif left and any(states.get(name) != COMMITTED for name in left):
             assert status == CANARY
-    if status == FINISHED and rollout.status != FINISHED:
-        assert all(states.get(name) in (COMMITTED, FAILED) for name in accepted if rollout.is_for(name))
 
 
 @hypothesis_settings(max_examples=200, deadline=None)
@@ -83,6 +98,18 @@ def test_devices_make_a_rollout_end_well_whatever_the_order_in_which_they_answer
     assert law.settled(rollout, {"a": COMMITTED}, {}, ["a"]) == (FINISHED, "")
     assert law.settled(rollout, {"a": FAILED}, {"a": "ppl"}, NAMES) == (STOPPED, "canary a failed: ppl")
     assert law.settled(rollout, {}, {}, ["b"]) == (STOPPED, "no canary is left: each was revoked")
+
+
+def test_who_is_away_is_named_and_a_few_names_stand_for_many():
+    rollout = law.Rollout(1, ROLLING, SHA256, (), ("a",))
+    committed = {"a": COMMITTED}
+    assert law.settled(rollout, committed, {}, NAMES, ["b"]) == (ROLLING, "")
+    assert law.settled(rollout, committed, {}, "ab", "b") == (AWAITING, "finished but for 1 that is away: b")
+    assert law.settled(rollout, committed, {}, NAMES, NAMES)[1] == "finished but for 3 that are away: b, c, d"
+    many = [f"orin-{i:02d}" for i in range(20)]
+    assert law.settled(rollout, {}, {}, many, many)[1].endswith("away: " + ", ".join(many[:8]) + " and 12 more")
+    going = dataclasses.replace(rollout, status=CANARY)
+    assert law.settled(going, {}, {}, NAMES, "ab") == (CANARY, "waits for a canary that is away: a")
 
 
 def test_canaries_are_those_that_are_there_the_same_when_asked_twice_others_for_another_model():
@@ -229,6 +256,58 @@ def test_a_revoked_canary_is_not_waited_for(world):
     set_status(world.hub, ["a"], REVOKED)
     until(lambda: status(world) == FINISHED)
     assert states(world) == {"a": REVOKED, "b": COMMITTED}
+
+
+def leave(world, name, *, up_since=0.0):
+    """As if a device had not been heard of for an hour, by a server that was up all the time or since a moment ago."""
+    world.hub.started_at = up_since
+    with world.hub.database.write() as session:
+        session.get(DeviceRow, name).last_seen_at = world.hub.clock() - 3600
+
+
+def test_a_rollout_is_over_but_for_who_is_away_and_the_board_takes_it_when_it_is_back(world):
+    first, second = device(world, "a"), device(world, "b")
+    begin(world.hub, canaries=["a"])
+    say(first, COMMITTED)
+    until(lambda: status(world) == ROLLING)
+    leave(world, "b")
+    until(lambda: status(world) == AWAITING)
+    found = rollout_views.views(world.hub)[0]
+    assert (found.detail, found.counts) == ("finished but for 1 that is away: b", {"committed": 1, "waiting": 1})
+    assert asked(second)["rollout_id"] == 1
+    say(second, "downloading")
+    until(lambda: status(world) == ROLLING)
+    say(second, COMMITTED)
+    until(lambda: status(world) == FINISHED)
+    assert rollout_views.views(world.hub)[0].detail == ""
+
+
+def test_a_board_that_is_gone_for_good_keeps_no_other_rollout_waiting_and_revoked_it_ends_the_one_it_missed(world):
+    first = device(world, "a")
+    device(world, "b")
+    begin(world.hub, canaries=["a"])
+    say(first, COMMITTED)
+    until(lambda: status(world) == ROLLING)
+    leave(world, "b")
+    until(lambda: status(world) == AWAITING)
+    assert begin(world.hub, canaries=["a"]) == 2
+    assert rollout_views.views(world.hub)[1].status == "superseded"
+    assert rollout_views.views(world.hub)[1].detail == ("replaced by rollout 2; finished but for 1 that is away: b")
+    say(first, COMMITTED, number=2)
+    until(lambda: status(world) == AWAITING)
+    set_status(world.hub, ["b"], REVOKED)
+    until(lambda: status(world) == FINISHED)
+
+
+def test_a_server_that_was_down_itself_takes_nobody_for_away_at_first(world):
+    first = device(world, "a")
+    device(world, "b")
+    begin(world.hub, canaries=["a"])
+    say(first, COMMITTED)
+    until(lambda: status(world) == ROLLING)
+    leave(world, "b", up_since=world.hub.clock())
+    assert not rollouts.settle(world.hub)
+    assert status(world) == ROLLING
 
 
 def test_a_device_that_lies_is_a_failed_device_and_a_report_that_cannot_be_is_refused(world):

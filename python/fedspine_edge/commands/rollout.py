@@ -15,7 +15,7 @@ from fedspine_edge.commands.operate import Operator, columns
 from fedspine_edge.errors import CheckpointError, UsageError, VerificationError
 from fedspine_edge.rollout_gate import parse
 
-OVER = ("finished", "stopped", "rolled_back", "superseded")
+OVER = ("finished", "awaiting", "stopped", "rolled_back", "superseded")
 LOOK_SECONDS = 1.0
 MEBIBYTE = 1 << 20
 SHORTEST_HASH = 6
@@ -120,10 +120,10 @@ def newest(operator: Operator) -> dict[str, Any]:
 
 
 def wait(operator: Operator, rollout_id: int, show: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Waits until a rollout is over, showing each change, and returns it.
+    """Waits until a rollout is over, showing each change, and returns it; who is away for long is not waited for.
 
     Raises:
-        VerificationError: It was stopped or taken back, or a device failed.
+        VerificationError: It was stopped or taken back, or a device failed or is away.
     """
     last = None
     while True:
@@ -140,16 +140,24 @@ def wait(operator: Operator, rollout_id: int, show: Callable[[dict[str, Any]], N
     return found
 
 
+def standing(rollout: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns how a rollout stands, and why where that is more than the status says."""
+    if rollout["status"] == "awaiting":
+        return rollout["detail"], ""
+    return rollout["status"].replace("_", " "), rollout["detail"]
+
+
 def text(rollout: Mapping[str, Any]) -> str:
     """Returns a rollout and its devices as a table."""
     model = rollout["model"]
     told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(rollout["counts"].items()))
+    status, why = standing(rollout)
     text_told = ", on your text" if rollout["own_passage"] else ""
     head = [
-        f"rollout {rollout['rollout_id']}  {rollout['status'].replace('_', ' ')}  {told}",
+        f"rollout {rollout['rollout_id']}  {status}  {told}",
         f"model     {model['name']}  {model['num_bytes'] / MEBIBYTE:.1f} MiB  {model['sha256'][:12]}",
         f"gate      {rollout['gate'] or 'none: it has to run'}{text_told}",
-        *([f"why       {rollout['detail']}"] if rollout["detail"] else []),
+        *([f"why       {why}"] if why else []),
     ]
     rows = [("DEVICE", "", "STATE", "SEEN", "PPL", "BASE", "T/S", "BASE", "WHY")]
     for device in rollout["devices"]:

@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedspine_edge.commands.rollout import standing
 from fedspine_edge.errors import LinkError
 from fedspine_edge.live import sparkline
 from fedspine_edge.progress import duration, printable
@@ -28,7 +29,7 @@ CONDITIONS = {
     "pending": "yellow",
     "revoked": "dim strike",
 }
-ROLLOUTS = {"canary": "cyan", "rolling": "cyan", "stopped": "yellow"}
+ROLLOUTS = {"canary": "cyan", "rolling": "cyan", "awaiting": "dim", "stopped": "yellow"}
 URGENT = ("pending", "silent", "paused")
 SHORT = ("health", "slow", "model", "chosen", "next")  # the five questions of the diagnosis, in its order
 FIXED_LINES = 12
@@ -96,11 +97,12 @@ def _run(run: Mapping[str, Any] | None, width: int) -> Text:
 
 
 def _rollout(rollout: Mapping[str, Any] | None) -> list[Text]:
-    """Returns the newest rollout's line while it matters: under way, or stopped."""
+    """Returns the newest rollout's line while it matters: under way, stopped, or over but for who is away."""
     if rollout is None or rollout["status"] not in ROLLOUTS:
         return []
     told = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in sorted(rollout["counts"].items()))
-    words = f"rollout {rollout['rollout_id']}  {rollout['status']}  {rollout['model']}  {told}  {rollout['detail']}"
+    status, why = standing(rollout)
+    words = f"rollout {rollout['rollout_id']}  {status}  {rollout['model']}  {told}  {why}"
     return [_line(words.rstrip(), ROLLOUTS[rollout["status"]])]
 
 

@@ -114,6 +114,7 @@ class Hub:
         ca: The CA's certificate, PEM; empty without TLS.
         settings: How to talk.
         clock: Seconds since 1970.
+        started_at: When this process began: what it could not have heard before says nothing of a device.
         bell: Ends long polls.
         nudge: Set when a run may have something to do.
         enrollments: Limit on enrolments.
@@ -127,10 +128,12 @@ class Hub:
     clock: Callable[[], float] = time.time
     bell: Bell = field(default_factory=Bell)
     nudge: threading.Event = field(default_factory=threading.Event)
+    started_at: float = field(init=False)
     enrollments: RateLimit = field(init=False)
     tokens: KnownTokens = field(default_factory=KnownTokens)
 
     def __post_init__(self) -> None:
+        self.started_at = self.clock()
         self.enrollments = RateLimit(self.settings.enroll_tries, self.settings.enroll_seconds)
         self._load = functools.lru_cache(CACHED_STATES)(self._read_state)
         self._read_small = functools.lru_cache(CACHED_MESSAGES)(self._as_base64)

@@ -46,7 +46,7 @@ def _view(
         for found in session.scalars(select(RolloutDeviceRow).where(RolloutDeviceRow.rollout_id == row.rollout_id))
     }
     rollout = of_row(row)
-    waits = newest and row.status in (*law.UNDER_WAY, law.FINISHED)
+    waits = newest and row.status in (*law.UNSETTLED, law.FINISHED)
     # Devices that joined since belong to the newest rollout alone.
     meant = {name for name, (status, _) in known.items() if waits and status == ACCEPTED and rollout.is_for(name)}
     names = sorted(

@@ -30,6 +30,8 @@ from fedspine_server.link.rollout_schemas import (
 from fedspine_server.link.tables import ACCEPTED, DeviceRow, ModelRow, RolloutDeviceRow, RolloutRow
 
 PRESENT_SECONDS = 120.0
+AWAY_SECONDS = 600.0  # not waited for: longer than a reboot, and far longer than a device at work is silent
+MOST_DETAIL = 500
 _NEWEST = select(RolloutRow).order_by(RolloutRow.rollout_id.desc()).limit(1)
 _HEAD = select(RolloutRow.rollout_id, RolloutRow.status).order_by(RolloutRow.rollout_id.desc()).limit(1)
 
@@ -71,13 +73,14 @@ def _added(hub: Hub, session: Session, request: RolloutRequest, conditions: tupl
     model, newest = session.get(ModelRow, request.model_sha256), session.scalars(_NEWEST).first()
     if model is None:
         raise HTTPException(404, f"expected a model, found none of hash {request.model_sha256[:12]}: upload it")
-    if newest is not None and newest.status in law.UNDER_WAY:
-        if not request.replace:
+    if newest is not None and newest.status in law.UNSETTLED:
+        if newest.status in law.UNDER_WAY and not request.replace:
             raise HTTPException(
                 409,
                 f"rollout {newest.rollout_id} is under way ({newest.status}): wait for it, roll it back, or replace it",
             )
-        newest.status, newest.detail = law.SUPERSEDED, f"replaced by rollout {newest.rollout_id + 1}"
+        told = filter(None, (f"replaced by rollout {newest.rollout_id + 1}", newest.detail))
+        newest.status, newest.detail = law.SUPERSEDED, "; ".join(told)[:MOST_DETAIL]
     number = newest.rollout_id + 1 if newest is not None else 1
     canaries = _canaries(hub, session, request)
     session.add(
@@ -244,19 +247,37 @@ def _figures(found: Any) -> dict[str, Any] | None:
 def settle(hub: Hub) -> bool:
     """Moves the newest rollout on where its devices' reports allow it; returns whether anything changed."""
     heads = hub.database.rows(_HEAD)
-    if not heads or heads[0].status not in law.UNDER_WAY:
+    if not heads or heads[0].status not in law.UNSETTLED:
         return False
+    with hub.database.read() as session:  # as a rule nothing has changed, which is no reason to write
+        row = session.scalars(_NEWEST).one()
+        if _settled(hub, session, row) == (row.status, row.detail):
+            return False
     with hub.database.write() as session:
         row = session.scalars(_NEWEST.with_for_update()).one()
-        states, reasons = _told(session, row.rollout_id)
-        accepted = session.scalars(select(DeviceRow.device_id).where(DeviceRow.status == ACCEPTED)).all()
-        status, detail = law.settled(of_row(row), states, reasons, accepted)
-        if status == row.status:
-            return False
-        row.status, row.detail = status, detail[:500]
-        told: dict[str, Any] = {name: list(states.values()).count(name) for name in law.DECIDED}
-        hub.record(session, f"rollout_{status}", rollout=row.rollout_id, model=row.model_name, why=detail, **told)
+        before, (row.status, row.detail) = row.status, _settled(hub, session, row)
+        if row.status != before:
+            states, _ = _told(session, row.rollout_id)
+            told: dict[str, Any] = {name: list(states.values()).count(name) for name in law.DECIDED}
+            kind = f"rollout_{row.status}"
+            hub.record(session, kind, rollout=row.rollout_id, model=row.model_name, why=row.detail, **told)
     return True
+
+
+def _settled(hub: Hub, session: Session, row: RolloutRow) -> tuple[str, str]:
+    if row.status not in law.UNSETTLED:  # taken back a moment ago
+        return row.status, row.detail
+    states, reasons = _told(session, row.rollout_id)
+    status, detail = law.settled(of_row(row), states, reasons, *_heard_of(hub, session))
+    return status, detail[:MOST_DETAIL]
+
+
+def _heard_of(hub: Hub, session: Session) -> tuple[set[str], set[str]]:
+    """Accepted devices, and those of them that are away: a server that was down itself misses nobody at first."""
+    seen = session.execute(select(DeviceRow.device_id, DeviceRow.last_seen_at).where(DeviceRow.status == ACCEPTED))
+    heard = {device_id: max(last_seen_at, hub.started_at) for device_id, last_seen_at in seen}
+    since = hub.clock() - AWAY_SECONDS
+    return set(heard), {device_id for device_id, at in heard.items() if at < since}
 
 
 def _told(session: Session, rollout_id: int) -> tuple[Mapping[str, str], Mapping[str, str]]:

@@ -19,8 +19,11 @@ def rollout_findings(fleet: Fleet) -> Iterator[tuple[str, str, str, str, str]]:
     if newest.status == "stopped":
         title = f"rollout {newest.rollout_id} of {newest.model} stopped"
         yield "warn", title, newest.detail, "the other devices keep the model they have; begin another", "/rollouts"
+    if newest.status == "awaiting":
+        title = f"rollout {newest.rollout_id} of {newest.model} waits for devices that are away"
+        yield "note", title, newest.detail, "they take it when they come back; revoke one that is gone", "/rollouts"
     failed = [part for part in newest.parts if part.state == "failed"]
-    if failed and newest.status in ("rolling", "finished"):
+    if failed and newest.status in ("rolling", "awaiting", "finished"):
         title = f"{wording.plural(len(failed), 'device')} did not take {newest.model}"
         why = f"{wording.names([part.device_id for part in failed])}: {failed[0].reason}"
         yield "warn", title, why, "they keep the model they have", "/rollouts"

@@ -167,7 +167,7 @@ class Rollout:
 
     @property
     def under_way(self) -> bool:
-        """Whether devices are still to take it."""
+        """Whether devices that are there are still to take it."""
         return self.status in ("canary", "rolling")
 
 
