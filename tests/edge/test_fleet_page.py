@@ -241,7 +241,9 @@ def heap(cdp):
     return cdp.send("Runtime.getHeapUsage")["usedSize"]
 
 
-def test_prometheus_reads_a_live_fleet_and_its_rules_load(fleet, tmp_path):
+def test_prometheus_reads_a_live_fleet_and_its_rules_load(fleet, ggufs, tmp_path):
+    operator = ("--operator", fleet["operator_file"], "--json")
+    fedspine("rollout", "start", "--model", ggufs[0], "--device", "device-00", *operator)
     server = fleet["directory"] / "server"
     for source in (MONITORING / "alerts.yml", server / "ca.pem", server / "metrics.token"):
         shutil.copy(source, tmp_path)
@@ -272,6 +274,7 @@ def test_prometheus_reads_a_live_fleet_and_its_rules_load(fleet, tmp_path):
     finally:
         process.terminate()
         process.wait(20)
+        fedspine("rollout", "rollback", *operator)
 
 
 def said(port, path):
