@@ -43,7 +43,10 @@ def rollout_start(
     device: Annotated[list[str] | None, typer.Option(help="Only these devices; every one when not given.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a rollout under way.")] = False,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Stay until it is over; exit 3 unless every device has it.")
+        bool,
+        typer.Option(
+            "--wait", help="Stay until it is over, but for boards away ten minutes; exit 3 unless every device has it."
+        ),
     ] = False,
     operator: OperatorFile = None,
     json: Json = False,
