@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_power_cuts import CUTS, SEED
+from test_power_cuts import ROUND_CUTS, SEED
 from tiny import questions, save_tiny_model
 
 from fedspine_edge.commands.start_run import run_request
@@ -81,6 +81,27 @@ def accept(world, board):
     return time.monotonic() - start
 
 
+def wait_until_at_work(world, board, started):
+    """Waits until the board was heard of since a moment and has a task in hand."""
+    limit = time.monotonic() + ROUND_SECONDS
+    while True:
+        device = world.operator.get("devices/board-1")
+        if device["task"] is not None and device["last_seen_seconds"] < time.monotonic() - started:
+            return
+        assert world.operator.get("runs/run")["status"] == "running"
+        assert time.monotonic() < limit, board.said()[-3000:]
+        time.sleep(0.2)
+
+
+def wait_for_the_run(world, board, over):
+    """Waits until a run's state is such, and returns how long that took."""
+    start = time.monotonic()
+    while not over(world.operator.get("runs/run")):
+        assert time.monotonic() < start + ROUND_SECONDS, board.said()[-3000:]
+        time.sleep(0.2)
+    return time.monotonic() - start
+
+
 def assert_trained(world, first):
     """The run is over, every round merged the board's update, the adapter changed and the loss fell."""
     limit = time.monotonic() + 60
@@ -121,19 +142,24 @@ def test_a_full_image_takes_part_in_rounds_that_change_the_servers_adapter_and_l
 
 def test_a_board_whose_power_is_cut_during_rounds_does_them_all_the_same(world, tmp_path):
     board = tuning_board(world, tmp_path, check_rounds=0)
-    first, chance, moments = world.operator.get("runs/run")["adapter_sha256"], random.Random(SEED), []
+    first, chance, cuts = world.operator.get("runs/run")["adapter_sha256"], random.Random(SEED + 2), []
+    started = time.monotonic()
     board.start()
-    seconds = 3 * accept(world, board)
-    while len(moments) < CUTS // 2 and world.operator.get("runs/run")["status"] != "finished":
-        moments.append(round(chance.uniform(0, seconds), 1))
-        time.sleep(moments[-1])
+    accept(world, board)
+    wait_until_at_work(world, board, started)
+    seconds = wait_for_the_run(world, board, lambda run: run["round_index"] > 0)
+    while len(cuts) < ROUND_CUTS:
+        wait_until_at_work(world, board, started)
+        moment = chance.uniform(0, seconds)
+        time.sleep(moment)
+        task = world.operator.get("devices/board-1")["task"]
         assert board.cut_power()
+        if task is not None:
+            cuts.append(f"{moment:.1f} s into round {task['round_index']}")
+        started = time.monotonic()
         board.start()
-    limit = time.monotonic() + ROUND_SECONDS
-    while world.operator.get("runs/run")["status"] != "finished":
-        assert time.monotonic() < limit, board.said()[-3000:]
-        time.sleep(1)
-    sys.stdout.write(f"\nseed {SEED}: cut after {moments} s\n")
+    sys.stdout.write(f"\nseed {SEED}: a round took {seconds:.1f} s; cut {', '.join(cuts)}\n")
+    wait_for_the_run(world, board, lambda run: run["status"] == "finished")
     assert_trained(world, first)
     board.cut_power()
     board.try_out_at_start()

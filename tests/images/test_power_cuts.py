@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_agent_image import UPDATE_SECONDS, powered_off
+from test_agent_image import powered_off
 
 from fedspine_edge.appliance.slots import num_bytes_of
 from fedspine_edge.commands.image import default_key
@@ -19,6 +19,8 @@ from fedspine_edge.images import disk, update
 pytestmark = pytest.mark.images_nightly
 
 CUTS = int(os.environ.get("FEDSPINE_CUTS", "20"))
+START_CUTS = UPDATE_CUTS = max(1, 2 * CUTS // 5)
+ROUND_CUTS = max(1, CUTS // 5)  # in test_full_image.py
 CUTS_A_BOARD = 2
 FACTS = ("board", "variant", "version", "release")
 SEED = int(os.environ.get("FEDSPINE_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
@@ -48,6 +50,13 @@ def cut_at_random(board, chance, seconds):
     board.start()
     time.sleep(moment)
     return board.cut_power(), moment
+
+
+def seconds_of_update(board, release):
+    """Starts a board, has it bring itself to a release, and returns how long that took."""
+    start = time.monotonic()
+    assert powered_off(board, FALL_BACK_SECONDS)["release"] == release
+    return time.monotonic() - start
 
 
 def test_a_dead_slot_falls_back_to_the_other_one_and_is_filled_again(world):
@@ -113,7 +122,7 @@ def test_an_update_without_an_agent_is_left_after_three_times(world, image, tmp_
 
 def test_a_board_whose_power_is_cut_during_its_first_start_comes_back_as_one_device(world):
     chance, done, seconds = random.Random(SEED), 0, 45.0
-    while done < CUTS // 2:
+    while done < START_CUTS:
         name = f"board-{done}"
         board = world.board(name)
         board.try_out_at_start()
@@ -140,19 +149,16 @@ def test_a_board_whose_power_is_cut_during_updates_always_holds_a_whole_release(
     board.try_out_at_start(update=True)
     release = powered_off(board)["release"]
     identity = board.kept("fedspine/identity.json")
-    start = time.monotonic()
     update.make(image, world.updates, default_key(), release=(release := release + 100))
     expected = part_hashes(world.updates)
-    assert powered_off(board, UPDATE_SECONDS)["release"] == release
-    seconds = time.monotonic() - start
-    while done < CUTS - CUTS // 2:
+    seconds = seconds_of_update(board, release)
+    while done < UPDATE_CUTS:
         update.make(image, world.updates, default_key(), release=(release := release + 100))
         for _ in range(CUTS_A_BOARD + 1):
             was_on, moment = cut_at_random(board, chance, seconds)
             done += was_on
             entries = assert_nothing_half_written(board, expected)
-            sys.stdout.write(f"\nseed {SEED}: cut after {moment:.1f} s of {seconds:.0f}, then {entries}\n")
-        report = powered_off(board, FALL_BACK_SECONDS)
-        assert report["release"] == release
+            sys.stdout.write(f"\nseed {SEED}: cut after {moment:.1f} s of {seconds:.0f}, on {was_on}: {entries}\n")
+        seconds = seconds_of_update(board, release)
         assert_nothing_half_written(board, expected)
         assert board.kept("fedspine/identity.json") == identity
