@@ -22,12 +22,15 @@ from fedspine_edge.agent.identity import Identity, IdentityError, fingerprint, l
 from fedspine_edge.agent.journal import Journal
 from fedspine_edge.agent.link import DismissedError, UnreachableError
 from fedspine_edge.agent.loop import LONGEST_BACKOFF_SECONDS, Agent
+from fedspine_edge.agent.running_release import running_release
 from fedspine_edge.agent.senses import Senses
 from fedspine_edge.agent.settings import AgentSettings, load_settings, save_settings
 from fedspine_edge.agent.tasks import checked_task, inline_message
 from fedspine_edge.agent.worker_process import WorkerProcess
 from fedspine_edge.errors import CheckpointError, IncompatibleError, LinkError, UsageError
+from fedspine_edge.images.root_tree import add_facts
 from fedspine_edge.systemd import Pulse, notify
+from fedspine_server.link.schemas import Facts
 
 TASK = {
     "task_id": "0" * 32,
@@ -200,6 +203,28 @@ def test_a_board_reports_its_facts_and_sensors(board, tmp_path):
         assert sample["power_watts"] > 0
     assert sample["temperature_celsius"] is None or 0 < sample["temperature_celsius"] < 120
     assert sample["disk_free_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "built_as", "told"),
+    [
+        ("quiet fedspine.slot=b fedspine.release=21 panic=10", 20, {"image_release": 21, "image_slot": "b"}),
+        ("fedspine.slot=a quiet", 20, {"image_release": 20, "image_slot": "a"}),
+        ("quiet", 20, {"image_release": 20}),
+        ("quiet fedspine.slot=c fedspine.release=x", None, {}),
+        (None, None, {}),
+    ],
+)
+def test_a_board_tells_the_release_of_its_image_and_the_slot_it_was_started_from(tmp_path, line, built_as, told):
+    if line is not None:
+        (tmp_path / "proc").mkdir()
+        (tmp_path / "proc/cmdline").write_text(f"{line}\n")
+    if built_as is not None:
+        add_facts(tmp_path, {"board": "generic-arm64", "variant": "agent", "release": built_as}, b"key")
+    assert running_release(tmp_path) == told
+    facts = Senses(tmp_path, tmp_path).facts()
+    assert {name: value for name, value in facts.items() if name.startswith("image_")} == told
+    assert Facts.model_validate(facts).image_release == told.get("image_release")
 
 
 def test_a_board_without_sensors_reports_none_and_never_zero(tmp_path):

@@ -9,7 +9,8 @@ from fedspine_edge.appliance import check, slots, wifi
 from fedspine_edge.errors import CheckpointError, UsageError
 
 ENTRY = (
-    "title x\nsort-key fedspine\nversion 1\nlinux /slot-a/linux\ninitrd /slot-a/initrd\noptions fedspine.slot=a quiet\n"
+    "title x\nsort-key fedspine\nversion 1\nlinux /slot-a/linux\ninitrd /slot-a/initrd\n"
+    "options fedspine.slot=a fedspine.release=1 quiet\n"
 )
 ROOT = b"hsqs" + bytes(36) + (5000).to_bytes(8, "little") + bytes(48) + b"r" * 5000
 
@@ -38,9 +39,17 @@ def test_a_spare_is_the_running_slot_with_a_lower_version_and_three_tries(board)
     assert names(board) == ["slot-a.conf", "slot-b+3.conf"]
     text = (board.efi / "loader/entries/slot-b+3.conf").read_text()
     assert "version 0\n" in text
-    assert "options fedspine.slot=b quiet\n" in text
+    assert "options fedspine.slot=b fedspine.release=1 quiet\n" in text
     assert board.devices["b"].read_bytes()[:5000] == ROOT[:5000]
     assert (board.efi / "slot-b/linux").read_bytes() == b"linux"
+
+
+def test_a_copy_of_a_copy_is_still_the_same_release(board):
+    (board.efi / "loader/entries/slot-a.conf").write_text(ENTRY.replace("version 1\n", "version 0\n"))
+    slots.keep_spare(board)
+    text = (board.efi / "loader/entries/slot-b+3.conf").read_text()
+    assert "version -1\n" in text
+    assert "fedspine.release=1 quiet\n" in text
 
 
 def test_a_spare_that_is_there_is_left_alone(board):
@@ -66,7 +75,7 @@ def test_a_power_cut_at_any_write_leaves_the_running_slot_and_no_half_written_on
     source = board.efi / "slot-a"
     parts = [slots.file_source(path) for path in (source / "linux", source / "initrd")]
     with contextlib.suppress(KeyboardInterrupt):
-        slots.fill(board, slots.Content(slots.file_source(board.devices["a"], len(ROOT)), *parts, 2))
+        slots.fill(board, slots.Content(slots.file_source(board.devices["a"], len(ROOT)), *parts, 2, 2))
     assert "slot-a.conf" in names(board)
     bootable = [name for name in names(board) if name.startswith("slot-b") and name.endswith(".conf")]
     if bootable == ["slot-b+3.conf"]:

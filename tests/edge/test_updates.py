@@ -102,7 +102,7 @@ def test_a_newer_release_fills_the_other_slot_and_starts(config, board, own):
     assert names(board) == ["slot-a.conf", "slot-b+3.conf"]
     text = (board.efi / "loader/entries/slot-b+3.conf").read_text()
     assert "version 20\n" in text
-    assert "options fedspine.slot=b quiet\n" in text
+    assert "options fedspine.slot=b fedspine.release=20 quiet\n" in text
     assert board.devices["b"].read_bytes()[: len(NEW)] == NEW
     assert (board.efi / "slot-b/initrd").read_bytes() == b"new initrd"
     assert not taken(config, board, own), "it is there and starts next"

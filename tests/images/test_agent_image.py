@@ -42,6 +42,12 @@ def powered_off(board, seconds=BOOT_SECONDS):
     return report
 
 
+def shown_release(world):
+    """Returns the release and the slot that the server knows of the board."""
+    facts = world.operator.get("devices/board-1")["facts"]
+    return facts["image_release"], facts["image_slot"]
+
+
 def test_the_packed_image_is_small(image):
     assert Path(f"{image}.zst").stat().st_size <= 120 * MB
 
@@ -53,6 +59,7 @@ def test_a_started_image_enrols_runs_a_pruned_model_updates_itself_and_powers_of
     device = world.operator.get("devices/board-1")
     assert device["status"] == "pending"
     assert device["facts"]["machine"] == "aarch64"
+    assert shown_release(world) == (report["release"], "a")
     assert report["slot"] == "a"
     assert report["agent_rss_mib"] <= 60
     assert set(report["imports"].values()) == {"ok"}
@@ -71,3 +78,4 @@ def test_a_started_image_enrols_runs_a_pruned_model_updates_itself_and_powers_of
     assert board.boot_entries() == ["slot-a.conf", "slot-b.conf"]
     assert board.kept("fedspine/identity.json") == identity
     assert [device["device_id"] for device in world.operator.get("devices")] == ["board-1"]
+    assert shown_release(world) == (offered["release"], "b")

@@ -187,6 +187,17 @@ def test_hostile_words_of_a_device_stay_words(view):
     assert "49" not in re.findall(r"\{\{.*?\}\}", html)
 
 
+def test_the_page_of_a_device_shows_the_release_of_its_image_and_the_slot():
+    def html(**facts):
+        parts = parts_of(View("device", "a"), fleet_of([], [Device("a", WAITING, facts=facts)]), Nothing())
+        return next(part.html for part in parts if part.id == "device-head")
+
+    shown = html(image_release=1764000000, image_slot="b")
+    assert re.search(r"<dt>Release</dt><dd[^>]*>1764000000<small>slot b</small></dd>", shown)
+    assert re.search(r"<dt>Release</dt><dd[^>]*>1764000000</dd>", html(image_release=1764000000, image_slot=None))
+    assert "Release" not in html(board="x")
+
+
 def test_a_part_is_new_only_when_more_than_an_age_has_changed():
     fleet = fleet_of([record(0, [device("a")])], [Device("a", WAITING, seen_at=990.0)])
     later = Fleet(1003.0, fleet.devices, fleet.runs)

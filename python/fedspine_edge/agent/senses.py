@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from fedspine_edge.agent.running_release import running_release
 from fedspine_edge.hardware import this_machine
 from fedspine_edge.profiling import thermal
 from fedspine_edge.profiling.board import power_mode, this_board
@@ -53,6 +54,7 @@ class Senses:
             "kernel": platform.release(),
             "python": platform.python_version(),
             "version": importlib.metadata.version("fedspine-edge"),
+            **running_release(self._root),
         }
         return {name: _words(value) for name, value in found.items()}
 

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 ENTRY = re.compile(r"slot-([ab])(?:\+(\d+)(?:-\d+)?)?\.conf")
 BLOCK = 1 << 20
 TRIES = 3
+OWN_WORDS = ("fedspine.slot=", "fedspine.release=")
 SQUASHFS_MAGIC, SQUASHFS_BYTES_AT = b"hsqs", 40
 REFUSED_FILE = Path("/var/lib/private/fedspine-updates/refused")
 
@@ -70,12 +71,13 @@ def file_source(path: Path, num_bytes: int | None = None) -> Source:
 
 @dataclass(frozen=True)
 class Content:
-    """What a slot holds, and its place among the slots: of two good ones the higher version is started."""
+    """What a slot holds: a release or a copy. Of two good ones the higher version is started, and a copy's is lower."""
 
     root: Source
     linux: Source
     initrd: Source
     version: int
+    release: int
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,8 @@ def keep_spare(board: Board) -> None:
     Raises:
         CheckpointError: It cannot be written.
     """
-    other, own = board.entry(board.spare), _own_entry(board)
-    version = entry_version(own.read_text())
+    other, text = board.entry(board.spare), _own_entry(board).read_text()
+    version, release = entry_version(text), re.search(r"\bfedspine\.release=(\d+)\b", text)
     if other is not None:
         if tries_left(other) != 0:
             return
@@ -177,7 +179,8 @@ def keep_spare(board: Board) -> None:
     folder, device = board.kernel(board.running), board.devices[board.running]
     with device.open("rb") as file:
         root = file_source(device, num_bytes_of(file))
-    fill(board, Content(root, file_source(folder / "linux"), file_source(folder / "initrd"), version - 1))
+    linux, initrd = file_source(folder / "linux"), file_source(folder / "initrd")
+    fill(board, Content(root, linux, initrd, version - 1, int(release[1]) if release else version))
     logger.info("slot %s is the spare of slot %s", board.spare, board.running)
 
 
@@ -222,7 +225,8 @@ def fill(board: Board, content: Content) -> None:
     """
     slot, own = board.spare, _own_entry(board)
     options = re.search(r"^options (.*)$", own.read_text(), re.M)
-    words = options[1].split()[1:] if options else []
+    kept = [word for word in (options[1].split() if options else []) if not word.startswith(OWN_WORDS)]
+    words = [f"fedspine.slot={slot}", f"fedspine.release={content.release}", *kept]
     with board.writable():
         if (old := board.entry(slot)) is not None:
             old.unlink()
@@ -234,7 +238,7 @@ def fill(board: Board, content: Content) -> None:
         _copy(content.initrd, folder / "initrd")
         text = (
             f"title FedSpine slot {slot}\nsort-key fedspine\nversion {content.version}\nlinux /slot-{slot}/linux\n"
-            f"initrd /slot-{slot}/initrd\noptions {' '.join([f'fedspine.slot={slot}', *words])}\n"
+            f"initrd /slot-{slot}/initrd\noptions {' '.join(words)}\n"
         )
         aside = own.with_name(f"slot-{slot}.partial")
         with aside.open("w") as file:

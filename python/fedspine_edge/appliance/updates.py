@@ -84,7 +84,7 @@ def update(config: Path, board: slots.Board, *, own: Path = OWN_FOLDER, restart:
     logger.info("taking release %d", found.number)
     root, linux, initrd = (slots.Source(_opener(str(url), name), *found.parts[name]) for name in PARTS)
     try:
-        slots.fill(board, slots.Content(root, linux, initrd, found.number))
+        slots.fill(board, slots.Content(root, linux, initrd, found.number, found.number))
     except (CheckpointError, LinkError):
         slots.keep_spare(board)
         raise
@@ -134,7 +134,7 @@ def parsed(document: bytes) -> Release:
         raise VerificationError(f"expected a release in {UPDATE_FILE}, found: {error!r}") from error
 
 
-def _not_taken(found: Release, board: slots.Board, image: dict[str, str]) -> str | None:
+def _not_taken(found: Release, board: slots.Board, image: dict[str, Any]) -> str | None:
     """Returns why a release is left alone, None when it is to be taken.
 
     Raises:

@@ -124,7 +124,8 @@ def _image(order: Order, board: Board, parts: Parts, work: Path, *, tell: Callab
     script = (parts.source / "device_images" / "init.sh").read_bytes()
     kernel, initrd = root_tree.add_kernel(root, boot, board, script)
     site = root_tree.add_python(root, parts.packages, parts.own)
-    root_tree.add_facts(root, {"board": board.name, "variant": order.variant}, manifest.public_key(order.key))
+    facts: dict[str, str | int] = {"board": board.name, "variant": order.variant, "release": order.epoch}
+    root_tree.add_facts(root, facts, manifest.public_key(order.key))
     root_tree.compile_python(root)
     bill = manifest.bill_of_materials(order.name, _version(), parts.all_debs(), site)
     root_tree.set_times(root, order.epoch)

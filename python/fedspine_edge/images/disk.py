@@ -66,7 +66,8 @@ def boot_entry(slot: str, version: int, command_line: str) -> str:
     """Returns the boot entry of a slot; of two good ones the higher version is started."""
     return (
         f"title FedSpine slot {slot}\nsort-key fedspine\nversion {version}\n"
-        f"linux /slot-{slot}/linux\ninitrd /slot-{slot}/initrd\noptions fedspine.slot={slot} {command_line}\n"
+        f"linux /slot-{slot}/linux\ninitrd /slot-{slot}/initrd\n"
+        f"options fedspine.slot={slot} fedspine.release={version} {command_line}\n"
     )
 
 

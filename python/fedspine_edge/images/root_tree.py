@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedspine_edge.appliance.updates import IMAGE_FILE, KEY_FILE
@@ -133,11 +133,11 @@ def _forget_what_is_not_kept(site: Path) -> None:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def add_facts(root: Path, facts: dict[str, str], key: bytes) -> None:
+def add_facts(root: Path, facts: Mapping[str, str | int], key: bytes) -> None:
     """Tells the image what it is, and the key that must have signed what it takes for an update."""
     folder = root / "usr/lib/fedspine"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / IMAGE_FILE).write_text(json.dumps(facts, sort_keys=True) + "\n")
+    (folder / IMAGE_FILE).write_text(json.dumps(dict(facts), sort_keys=True) + "\n")
     (folder / KEY_FILE).write_bytes(key)
 
 

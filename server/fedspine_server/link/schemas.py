@@ -51,6 +51,8 @@ class Facts(Message):
     kernel: Words = ""
     python: Words = ""
     version: Words = ""
+    image_release: Count | None = None
+    image_slot: Words | None = None
 
 
 class Sample(Message):
