@@ -125,7 +125,7 @@ def test_a_slot_is_on_trial_while_the_other_one_is_good(board, own, other, found
 
 
 def test_a_partition_that_reads_back_otherwise_gets_no_boot_entry(board, monkeypatch):
-    monkeypatch.setattr(slots, "_digest", lambda path, num_bytes: "other")
+    monkeypatch.setattr(slots, "digest", lambda path, num_bytes: "other")
     with pytest.raises(CheckpointError, match="read something else back"):
         slots.keep_spare(board)
     assert names(board) == ["slot-a.conf"]

@@ -66,6 +66,7 @@ def test_each_board_and_release_has_its_steps_in_nvidias_order_and_ends_with_its
     places = [next(i for i, line in enumerate(steps) if line.startswith(mark)) for mark in marks]
     assert places == sorted(places)
     assert steps[-1] == " ".join(release["command"])
+    assert any(line.endswith("rootfs/usr/local/sbin/fedspine-runtime") for line in steps)
     assert ("./tools/l4t_flash_prerequisites.sh" in steps) == ("tools/l4t_flash_prerequisites.sh" in release["needs"])
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from export_models import PER_LAYER, save_decoder
 
+from fedspine_edge.agent.running_release import running_release
+from fedspine_edge.appliance import runtimes, updates
 from fedspine_edge.commands.image import default_key
-from fedspine_edge.images import update
+from fedspine_edge.images import manifest, root_tree, update
 
 pytestmark = pytest.mark.images
 
@@ -50,6 +52,20 @@ def shown_release(world):
 
 def test_the_packed_image_is_small(image):
     assert Path(f"{image}.zst").stat().st_size <= 120 * MB
+
+
+def test_a_release_of_the_image_is_unpacked_as_the_runtime_of_a_jetson(image, tmp_path):
+    said = json.loads((image.parent / "manifest.json").read_text())
+    facts = {"board": said["board"], "variant": said["variant"], "release": said["source_date_epoch"]}
+    root_tree.add_facts(tmp_path / "own", facts, manifest.public_key(default_key()))
+    offered = update.make(image, tmp_path / "offer", default_key(), release=facts["release"] + 100)
+    found = runtimes.unpack(tmp_path / "offer", own=tmp_path / "own" / updates.OWN_FOLDER.relative_to("/"))
+    assert found == offered["release"]
+    tree = tmp_path / "offer" / runtimes.TREE
+    assert running_release(tree) == {"image_release": found}
+    assert (tree / root_tree.SITE / "fedspine_edge/appliance/runtimes.py").is_file()
+    assert (tree / "usr/bin/unsquashfs").is_file()
+    assert (tree / root_tree.RUNTIME / "bin/python").readlink() == Path("/usr/bin/python3.11")
 
 
 def test_a_started_image_enrols_runs_a_pruned_model_updates_itself_and_powers_off(world, image, gguf):

@@ -1,6 +1,6 @@
 """`python -m fedspine_edge.appliance WORD`: what a unit of the image does.
 
-`healthy`, `spare`, `update`, `distrust`, `wifi FILE`, `check`.
+`healthy`, `spare`, `update`, `distrust`, `wifi FILE`, `check`; on a Jetson `unpack FOLDER`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedspine_edge.appliance import check, slots, updates, wifi
+from fedspine_edge.appliance import check, runtimes, slots, updates, wifi
 from fedspine_edge.errors import FedSpineError, LinkError, UsageError
 
 HEARD = Path("/run/fedspine/heard")
@@ -34,6 +34,7 @@ def main() -> None:
         "distrust": lambda _: slots.distrust(slots.this_board()),
         "wifi": lambda rest: wifi.write_settings(CONFIG, Path(rest[0])),
         "check": lambda _: check.try_out(CONFIG, HEARD),
+        "unpack": lambda rest: sys.stdout.write(f"{runtimes.unpack(Path(rest[0]))}\n"),
     }
     word, *rest = sys.argv[1:] or [""]
     try:

@@ -264,12 +264,12 @@ def num_bytes_of(root: BinaryIO) -> int:
 
 def _copy(source: Source, target: Path) -> None:
     """Copies one part of a slot, syncs it and reads it back."""
-    digest, left = hashlib.sha256(), source.num_bytes
+    found, left = hashlib.sha256(), source.num_bytes
     flags = os.O_WRONLY | (0 if target.is_block_device() else os.O_CREAT | os.O_TRUNC)
     try:
         with source.read() as read, os.fdopen(os.open(target, flags, 0o600), "wb") as written:
             while left and (block := read.read(min(BLOCK, left))):
-                digest.update(block)
+                found.update(block)
                 written.write(block)
                 left -= len(block)
             written.flush()
@@ -279,16 +279,17 @@ def _copy(source: Source, target: Path) -> None:
         raise CheckpointError(f"cannot write {target}: {error.strerror or error}") from error
     if left:
         raise CheckpointError(f"expected {source.num_bytes} bytes for {target}, found {source.num_bytes - left}")
-    if source.sha256 not in (None, digest.hexdigest()):
-        raise CheckpointError(f"expected SHA-256 {source.sha256} for {target}, found {digest.hexdigest()}")
-    if _digest(target, source.num_bytes) != digest.hexdigest():
+    if source.sha256 not in (None, found.hexdigest()):
+        raise CheckpointError(f"expected SHA-256 {source.sha256} for {target}, found {found.hexdigest()}")
+    if digest(target, source.num_bytes) != found.hexdigest():
         raise CheckpointError(f"expected what was written in {target}, read something else back")
 
 
-def _digest(path: Path, num_bytes: int) -> str:
-    digest = hashlib.sha256()
+def digest(path: Path, num_bytes: int) -> str:
+    """Returns the SHA-256 of the first bytes of a file or a partition."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
         while num_bytes and (block := file.read(min(BLOCK, num_bytes))):
-            digest.update(block)
+            found.update(block)
             num_bytes -= len(block)
-    return digest.hexdigest()
+    return found.hexdigest()

@@ -134,16 +134,21 @@ def parsed(document: bytes) -> Release:
         raise VerificationError(f"expected a release in {UPDATE_FILE}, found: {error!r}") from error
 
 
+def check_target(found: Release, image: dict[str, Any]) -> None:
+    """Raises VerificationError for a release of another board or variant than this image is."""
+    if (found.board, found.variant) != (image["board"], image["variant"]):
+        raise VerificationError(
+            f"expected a release for {image['board']}, {image['variant']}, found one for {found.board}, {found.variant}"
+        )
+
+
 def _not_taken(found: Release, board: slots.Board, image: dict[str, Any]) -> str | None:
     """Returns why a release is left alone, None when it is to be taken.
 
     Raises:
         VerificationError: It is for another board or variant.
     """
-    if (found.board, found.variant) != (image["board"], image["variant"]):
-        raise VerificationError(
-            f"expected a release for {image['board']}, {image['variant']}, found one for {found.board}, {found.variant}"
-        )
+    check_target(found, image)
     running = slots.running_version(board)
     if found.number <= running:
         return f"{running} runs"

@@ -28,7 +28,7 @@ else:
 TOP = "Linux_for_Tegra"
 RELEASE_FILE = f"{TOP}/nv_tegra/bsp_version"
 ROOTFS_NEEDS = ("etc/passwd", "usr/bin")
-UNIT = "fedspine-agent.service"
+UNIT, TOOL = "fedspine-agent.service", "fedspine-runtime"
 PREREQUISITES = "tools/l4t_flash_prerequisites.sh"
 USER_NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 
@@ -201,11 +201,13 @@ def _overlay(wish: Wish, root: Path) -> list[Step]:
     offset = disk.partition(wish.image, "root_a").start
     runtime, units = rootfs / "opt/fedspine/runtime", rootfs / "etc/systemd/system"
     unit, image = root / "device_images" / "l4t" / UNIT, str(wish.image.resolve())
+    tool = root / "device_images" / "l4t" / TOOL
     steps = [
         (("mkdir", "-p", str(runtime.parent), str(rootfs / "var/lib/fedspine")), "places for runtime and state"),
         (("unsquashfs", "-quiet", "-offset", str(offset), "-dest", str(runtime), image), "the runtime"),
         (("mkdir", "-p", str(runtime / "var/lib/fedspine"), str(runtime / "etc/fedspine")), "where they are bound to"),
         (("install", "-D", "-m", "0644", str(unit), str(units / UNIT)), "the agent's unit"),
+        (("install", "-D", "-m", "0755", str(tool), str(rootfs / "usr/local/sbin" / TOOL)), "the runtime's updates"),
         (("mkdir", "-p", str(units / "multi-user.target.wants")), "it starts"),
         (("ln", "-sf", f"../{UNIT}", str(units / "multi-user.target.wants" / UNIT)), "with the system"),
     ]
