@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,7 @@ class World:
         self.updates = folder / "updates"
         self.updates.mkdir()
         self.updates_port = 0
+        self.fetched: dict[str, float] = {}  # when each file of it was asked for last
 
     def board(self, name: str = "board-1", *, memory_mib: int = 1024, **told: object) -> Machine:
         """Returns a board that was told of this server, switched off."""
@@ -45,8 +47,16 @@ class World:
         return board
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """A web server that writes no log."""
+class Watched(http.server.SimpleHTTPRequestHandler):
+    """A web server that remembers when a file was asked for, and writes no log."""
+
+    def __init__(self, *rest: Any, fetched: dict[str, float], **more: Any) -> None:
+        self._fetched = fetched
+        super().__init__(*rest, **more)
+
+    def log_request(self, *_: object) -> None:
+        """Remembers a request."""
+        self._fetched[self.path] = time.monotonic()
 
     def log_message(self, *_: object) -> None:
         """Writes nothing."""
@@ -77,7 +87,7 @@ def world(tmp_path: Path, image: Path) -> Iterator[World]:
                 time.sleep(0.2)
         operator = Operator(tmp_path / "server" / OPERATOR_FILE)
         found = World(tmp_path, image, port, told["token"], operator)
-        handler = functools.partial(Quiet, directory=str(found.updates))
+        handler = functools.partial(Watched, directory=str(found.updates), fetched=found.fetched)
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
             found.updates_port = web.server_port
             thread = threading.Thread(target=web.serve_forever)

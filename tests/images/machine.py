@@ -120,9 +120,13 @@ class Machine:
         assert found, self.said()[-3000:]
         return dict(json.loads(rest.splitlines()[0]))
 
+    def is_on(self) -> bool:
+        """Says whether it runs."""
+        return self._process is not None and self._process.poll() is None
+
     def cut_power(self) -> bool:
         """Ends it as a power cut does; says whether it was still on."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.is_on():
             return False
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()

@@ -102,6 +102,12 @@ def wait_for_the_run(world, board, over):
     return time.monotonic() - start
 
 
+def merged(world):
+    """Returns whose updates each closed round merged."""
+    closed = [event["detail"] for event in world.operator.get("events?after=0") if event["kind"] == "round_closed"]
+    return [detail["merged"] for detail in closed]
+
+
 def assert_trained(world, first):
     """The run is over, every round merged the board's update, the adapter changed and the loss fell."""
     limit = time.monotonic() + 60
@@ -111,8 +117,7 @@ def assert_trained(world, first):
     history = world.operator.get("runs/run/history")
     losses = [(record["loss_before"], record["loss_after"]) for record in history]
     sys.stdout.write(f"losses {losses}, adapter {first[:12]} -> {run['adapter_sha256'][:12]}\n")
-    closed = [event["detail"] for event in world.operator.get("events?after=0") if event["kind"] == "round_closed"]
-    assert [detail["merged"] for detail in closed] == [["board-1"]] * ROUNDS
+    assert merged(world) == [["board-1"]] * ROUNDS
     assert run["adapter_sha256"] != first
     assert losses[-1][1] < losses[0][0]
 
@@ -148,6 +153,7 @@ def test_a_board_whose_power_is_cut_during_rounds_does_them_all_the_same(world, 
     accept(world, board)
     wait_until_at_work(world, board, started)
     seconds = wait_for_the_run(world, board, lambda run: run["round_index"] > 0)
+    assert merged(world) == [["board-1"]]
     while len(cuts) < ROUND_CUTS:
         wait_until_at_work(world, board, started)
         moment = chance.uniform(0, seconds)

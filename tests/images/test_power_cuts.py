@@ -52,11 +52,19 @@ def cut_at_random(board, chance, seconds):
     return board.cut_power(), moment
 
 
-def seconds_of_update(board, release):
-    """Starts a board, has it bring itself to a release, and returns how long that took."""
+def updated(world, board, release):
+    """Has a board bring itself to a release; returns how long it was on and, if it wrote a slot, for how long."""
     start = time.monotonic()
     assert powered_off(board, FALL_BACK_SECONDS)["release"] == release
-    return time.monotonic() - start
+    first, last = world.fetched["/root.squashfs"], world.fetched["/initrd"]
+    return time.monotonic() - start, last - first if last > first > start else None
+
+
+def wait_until_writing(world, board):
+    """Waits until a board that was just started fetches a release, or has switched itself off without."""
+    start = time.monotonic()
+    while world.fetched["/root.squashfs"] < start and board.is_on():
+        time.sleep(0.1)
 
 
 def test_a_dead_slot_falls_back_to_the_other_one_and_is_filled_again(world):
@@ -151,14 +159,20 @@ def test_a_board_whose_power_is_cut_during_updates_always_holds_a_whole_release(
     identity = board.kept("fedspine/identity.json")
     update.make(image, world.updates, default_key(), release=(release := release + 100))
     expected = part_hashes(world.updates)
-    seconds = seconds_of_update(board, release)
+    whole, writing = updated(world, board, release)
     while done < UPDATE_CUTS:
         update.make(image, world.updates, default_key(), release=(release := release + 100))
-        for _ in range(CUTS_A_BOARD + 1):
-            was_on, moment = cut_at_random(board, chance, seconds)
-            done += was_on
+        for cut in range(CUTS_A_BOARD + 1):
+            board.start()
+            if cut:  # the first falls anywhere; the writing of a slot is short, and the others are for that
+                wait_until_writing(world, board)
+            moment = chance.uniform(0.0, 1.5 * writing if cut else whole)
+            time.sleep(moment)
+            done += (was_on := board.cut_power())
             entries = assert_nothing_half_written(board, expected)
-            sys.stdout.write(f"\nseed {SEED}: cut after {moment:.1f} s of {seconds:.0f}, on {was_on}: {entries}\n")
-        seconds = seconds_of_update(board, release)
+            span = f"the writing, {writing:.0f} s" if cut else f"the whole, {whole:.0f} s"
+            sys.stdout.write(f"\nseed {SEED}: cut {moment:.1f} s into {span}, on {was_on}: {entries}\n")
+        whole, written = updated(world, board, release)
+        writing = written or writing
         assert_nothing_half_written(board, expected)
         assert board.kept("fedspine/identity.json") == identity
