@@ -50,11 +50,9 @@ def opening_choices(settings: RunSettings, devices: Sequence[DeviceState]) -> di
 
 
 def as_opening(assignment: Assignment, task_head: Mapping[str, np.ndarray]) -> Assignment:
-    """Returns a device's assignment as one to sum: the task head is all it needs, and nothing is quantized."""
+    """Returns a device's assignment as one to sum: the task head is all it needs, and its sums are of float16."""
     arrays = {f"task_head/{name}": value for name, value in task_head.items()}
-    return dataclasses.replace(
-        assignment, tensors=arrays, work="head-statistics", base_dtype="float32", update_dtype="float16"
-    )
+    return dataclasses.replace(assignment, tensors=arrays, work="head-statistics", update_dtype="float16")
 
 
 def as_timings(outcomes: Sequence[Outcome]) -> list[Outcome]:

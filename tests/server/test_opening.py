@@ -91,7 +91,7 @@ def test_the_opening_asks_every_device_once_and_tuning_begins_in_the_second_roun
 
 def test_the_opening_is_asked_for_in_half_precision_whatever_dtype_the_run_has():
     for assignment in coordinator.assign(begun(update_dtype="int8", base_dtype="int8"))[0]:
-        assert (assignment.update_dtype, assignment.base_dtype) == ("float16", "float32")
+        assert (assignment.update_dtype, assignment.base_dtype) == ("float16", "int8")
     after = opened(update_dtype="int8", base_dtype="int8")
     assert (after.history[0]["num_merged"], accuracy(after.task_head) > 0.9) == (3, True)
     assert {a.update_dtype for a in coordinator.assign(after)[0]} == {"int8"}
