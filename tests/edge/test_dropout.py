@@ -1,11 +1,12 @@
 """Dropout of the low-rank values: its mask, and its place in the kernels."""
 
 import pytest
-import torch
-from test_kernels import SCALING, TOLERANCE, draw, each_backend  # noqa: F401  # a fixture
+from test_kernels import each_backend, run_layer
 
-from fedspine_edge import kernels, reference
+from fedspine_edge import reference
 from fedspine_edge.dropout import Dropout, DropoutStream
+
+__all__ = ["each_backend"]  # a fixture
 
 
 def test_the_words_are_those_that_random123_publishes():
@@ -17,21 +18,8 @@ def test_the_words_are_those_that_random123_publishes():
 
 
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 1), (7, 3), (97, 8), (33, 33), (600, 16)])
-def test_a_layer_with_dropout_matches_float64(each_backend, tokens, rank):  # noqa: F811
-    weight, dy = draw(50, 40, seed=1), draw(tokens, 50, seed=6)
-    leaves = [draw(tokens, 40, seed=2), draw(rank, 40, seed=4), draw(50, rank, seed=5)]
-    dropout, results = Dropout(0.4, 3 << 32 | 5), []
-    for dtype in (torch.float32, torch.float64):
-        x, lora_a, lora_b = inputs = [leaf.to(dtype).requires_grad_() for leaf in leaves]
-        arguments = {"bias": None, "lora_a": lora_a, "lora_b": lora_b, "scaling": SCALING, "dropout": dropout}
-        if dtype == torch.float32:
-            y = kernels.lora_linear(x, kernels.pack(weight), **arguments)
-        else:
-            y = reference.lora_linear(x, weight.double(), **arguments)
-        results.append([y, *torch.autograd.grad(y, inputs, dy.to(dtype))])
-    for found, expected in zip(*results, strict=True):
-        largest = float(expected.detach().abs().max())
-        torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=TOLERANCE * largest + 1e-30)
+def test_a_layer_with_dropout_matches_float64(each_backend, tokens, rank):
+    run_layer(tokens, 40, 50, rank, dropout=Dropout(0.4, 3 << 32 | 5))
 
 
 def test_a_mask_drops_its_rate_and_keeps_the_mean():

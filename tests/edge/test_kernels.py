@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fedspine_edge
 from fedspine_edge import backends, kernels, reference
+from fedspine_edge.dropout import Dropout
 
 SCALING = 2.0
 NATIVE = [pytest.param(f"native-{isa}") for isa in kernels.available_isas()]
@@ -43,7 +44,9 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=TOLERANCE * largest + 1e-30)
 
 
-def run_layer(tokens: int, in_features: int, out_features: int, rank: int, *, bias: bool = True) -> list[Tensor]:
+def run_layer(
+    tokens: int, in_features: int, out_features: int, rank: int, *, bias: bool = True, dropout: Dropout | None = None
+) -> list[Tensor]:
     """The layer's output and gradients by the kernels, then the same in float64."""
     weight = draw(out_features, in_features, seed=1)
     leaves = [draw(tokens, in_features, seed=2)]
@@ -55,6 +58,7 @@ def run_layer(tokens: int, in_features: int, out_features: int, rank: int, *, bi
         given_leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
         x, *vector, lora_a, lora_b = given_leaves
         arguments = {"bias": vector[0] if bias else None, "lora_a": lora_a, "lora_b": lora_b, "scaling": SCALING}
+        arguments["dropout"] = dropout
         if dtype == torch.float32:
             y = kernels.lora_linear(x, kernels.pack(weight), **arguments)
         else:
