@@ -202,7 +202,8 @@ def test_a_run_of_200_rounds_and_80_devices_stays_smooth_small_and_flat(page, tm
     page.on("response", lambda reply: sizes.append(int(reply.headers.get("content-length", 0))))
     page.goto(url + "runs/long")
     page.wait_for_selector(".link.live")
-    page.wait_for_function("document.querySelector('canvas').width > 300")
+    # Not wait_for_function: what it does when it has to wait, the page's content security policy forbids.
+    seconds_until(lambda: page.evaluate("document.querySelector('canvas').width > 300"), 60)
     show(f"page of {sum(sizes) / 1e6:.2f} MB in {len(sizes)} answers")
     assert sum(sizes) < 1e6
     times = [interaction(page, action) for action in ["round", "kind", "cell"] * 12]
@@ -346,7 +347,10 @@ def test_a_rollout_is_begun_followed_and_taken_back_from_the_page_without_a_mous
     page.keyboard.press("Enter")
     page.wait_for_url("**/rollouts")
     began = time.monotonic()
-    page.wait_for_selector("#rollout-now .status:has-text('finished')", timeout=300_000)
+    try:
+        page.wait_for_selector("#rollout-now .status:has-text('finished')", timeout=300_000)
+    finally:
+        show(f"devices by state: {fleet['operator'].get('rollouts')[0]['counts']}")
     rows = page.locator("#rollout-now tbody tr")
     show(f"{rows.count()} devices have it after {time.monotonic() - began:.1f} s")
     assert rows.count() >= 8
