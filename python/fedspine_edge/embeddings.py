@@ -58,8 +58,7 @@ def hold_embeddings(model: Any, read: Callable[[str], Tensor], dtype: str) -> No
         dtype: How.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    held = embedding.packed.dtype if isinstance(embedding, PackedEmbedding) else "float32"
-    if held == dtype:
+    if _dtype_of(embedding) == dtype:
         return
     paths = {module: path for path, module in model.named_modules()}
     where, head_at = paths[embedding], None if head is None else paths[head]
@@ -72,6 +71,13 @@ def hold_embeddings(model: Any, read: Callable[[str], Tensor], dtype: str) -> No
     if head_at is not None:
         tied = bool(getattr(model.config, "tie_word_embeddings", False))
         replace_module(model, head_at, _head(weight if tied else _held(read(head_at), dtype)))
+
+
+def _dtype_of(embedding: nn.Module) -> str | None:
+    """None when an earlier reading failed and left nothing in its place."""
+    if isinstance(embedding, PackedEmbedding):
+        return embedding.packed.dtype
+    return "float32" if isinstance(embedding, nn.Embedding) else None
 
 
 def _held(weight: Tensor, dtype: str) -> Tensor | kernels.PackedWeight:

@@ -60,3 +60,17 @@ def test_float32_again_is_the_model_of_before(tiny_models, family):
     if model.config.tie_word_embeddings and head is not None:
         assert head.weight is model.get_input_embeddings().weight
     assert not any(parameter.requires_grad for parameter in nn.ModuleList([model.get_input_embeddings()]).parameters())
+
+
+def test_a_base_that_cannot_be_read_once_is_read_again(tiny_models):
+    model, read = opened(tiny_models["llama"], "llama")
+    plain = model.get_input_embeddings()(IDS)
+
+    def failing(name):
+        raise OSError(name)
+
+    with pytest.raises(OSError, match="embed_tokens"):
+        hold_embeddings(model, failing, "int8")
+    hold_embeddings(model, read, "float32")
+    torch.testing.assert_close(model.get_input_embeddings()(IDS), plain, rtol=0, atol=0)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
